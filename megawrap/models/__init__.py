@@ -1,0 +1,1 @@
+"""Model architectures and the megatron-core modules built from them."""

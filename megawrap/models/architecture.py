@@ -1,0 +1,107 @@
+"""The architecture of a decoder: everything that decides the shape and the function of a model, and nothing else.
+
+A family makes one from a Hugging Face config, the recipe makes one for training from scratch, the model builder and
+the converters read it, and every checkpoint carries it as a plain dictionary. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from megawrap.errors import ConfigError
+
+Position = Literal["learned", "rope"]
+Norm = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Shape and function of a pre-norm decoder-only transformer.
+
+    Raises:
+        ConfigError: sizes that cannot be built (not positive, or query heads that do not divide into groups).
+    """
+
+    family: str
+    """Registered family: gpt_bigcode or llama."""
+    num_layers: int
+    """Transformer layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key/value heads: 1 is multi-query, num_attention_heads is multi-head."""
+    head_dim: int
+    """Width of one head; num_attention_heads x head_dim need not be hidden_size."""
+    ffn_hidden_size: int
+    """Width inside the MLP (of one of the two halves when gated)."""
+    vocab_size: int
+    """Tokens of the vocabulary, without padding."""
+    max_position_embeddings: int
+    """Longest position the model knows."""
+    position: Position
+    """Learned absolute positions, or rotary positions over the whole head."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm: Norm
+    """LayerNorm with weight and bias, or RMSNorm with weight."""
+    norm_epsilon: float
+    """Epsilon of every norm."""
+    activation: Activation
+    """Activation of the MLP; gelu is the erf form, gelu_tanh the tanh approximation."""
+    gated: bool
+    """The MLP multiplies activation(gate) with up."""
+    linear_bias: bool
+    """Biases of the attention output and of the MLP."""
+    qkv_bias: bool
+    """Biases of the query, key and value projections."""
+    tied: bool
+    """The output layer shares the input embedding."""
+
+    def __post_init__(self) -> None:
+        sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "vocab_size", "max_position_embeddings")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number above 0")
+        for name, allowed in (("position", Position), ("norm", Norm), ("activation", Activation)):
+            value, known = getattr(self, name), get_args(allowed)
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; known are {', '.join(known)}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}",
+                hint="every key/value head serves the same number of query heads",
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for checkpoints and JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Architecture:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is missing or not known.
+        """
+        names = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - names)
+        missing = sorted(names - set(values) - {"rope_theta"})
+        if unknown or missing:
+            raise ConfigError(
+                f"the architecture has unknown fields {unknown} and misses {missing}; allowed are {sorted(names)}",
+                hint="it was written by another version of megawrap",
+            )
+        return cls(**values)
+
+    def padded_vocab_size(self, divisor: int, tp: int) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of `divisor` x `tp`."""
+        multiple = divisor * tp
+        return -(-self.vocab_size // multiple) * multiple
