@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from megawrap.errors import MegawrapError
 
@@ -237,7 +237,7 @@ class DirectoryLock:
     except when both are runs of one SLURM job, which never runs twice at once.
     """
 
-    _held: set[str] = set()  # record locks do not exclude within one process
+    _held: ClassVar[set[str]] = set()  # record locks do not exclude within one process
 
     def __init__(self, path: Path, *, error: type[MegawrapError] = MegawrapError) -> None:
         self.path = Path(path)
