@@ -1,0 +1,1 @@
+"""megawrap fine-tunes GPT and encoder models with Megatron parallelism."""

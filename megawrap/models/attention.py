@@ -1,0 +1,139 @@
+"""Attention over packed rows: every segment attends to itself alone, and no S x S mask is ever made.
+
+In: query [T, heads, D], key and value [T, groups, D] of one flat row and its `Segments`. Out: [T, heads x D].
+Kernels: PyTorch's fused attention once per segment ("sdpa", any device) or its variable-length flash kernel over the
+whole row ("varlen", CUDA). Shapes: T positions, N query heads, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from megawrap.models.batch import Segments
+
+QUERY_BLOCK = 256
+"""Queries that are scored at once when dropout rules the fused kernel out on CPU."""
+
+
+def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the rotary angles, [T, 1, D] each, computed in fp32.
+
+    The angle of pair i at position p is p x theta^(-2i/D) (Su et al., 2021); halves of a head rotate against each
+    other, as in Llama's published weights, not neighbours.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim)
+    angles = torch.outer(position_ids.reshape(-1).float(), frequencies)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Apply rotary angles to [T, heads, D]."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class PackedAttention(MegatronModule):
+    """Core attention of a layer: causal inside each segment, with rotary positions when the segments carry them."""
+
+    varlen = False
+    """Use the variable-length kernel; set by the subclass of the layer provider."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Segments | None = None,
+    ) -> torch.Tensor:
+        """Attend within segments; the mask argument is megatron-core's and unused."""
+        assert packed_seq_params is not None, "a row always comes with its segments"
+        if packed_seq_params.rotary is not None:
+            query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
+        if self.varlen:
+            return self._whole_row(query, key, value, packed_seq_params)
+        dropout = self.dropout if self.training else 0.0
+        if dropout:
+            with get_cuda_rng_tracker().fork():
+                return self._per_segment(query, key, value, packed_seq_params, dropout)
+        return self._per_segment(query, key, value, packed_seq_params, 0.0)
+
+    def _whole_row(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = segments.max_seqlen_q
+        out = varlen_attn(
+            query, key, value, segments.cu_seqlens_q, segments.cu_seqlens_kv, longest, longest,
+            scale=self.scale, window_size=(-1, 0), enable_gqa=query.size(1) != key.size(1),
+        )  # fmt: skip
+        return out.flatten(1)
+
+    def _per_segment(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, dropout: float
+    ) -> torch.Tensor:
+        lengths = list(segments.lengths)
+        blocked = dropout > 0 and query.device.type == "cpu"
+        grouped = query.size(1) != key.size(1)
+        parts = []
+        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            if blocked:
+                out = _dropped_attention(q, k, v, self.scale, dropout)
+            else:
+                out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=dropout)
+            parts.append(out.squeeze(0).transpose(0, 1))
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
+
+
+def _dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+    """Causal attention with dropout of probabilities in blocks of queries, each computed again for its gradient.
+
+    PyTorch has no fused CPU kernel with dropout and would keep the whole [N, S, S]; here at most [N, QUERY_BLOCK, S] lives.
+    """
+    repeat = q.size(1) // k.size(1)
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+
+    def block(q_block: torch.Tensor, k_seen: torch.Tensor, v_seen: torch.Tensor, begin: int) -> torch.Tensor:
+        scores = (q_block @ k_seen.transpose(-2, -1)).float() * scale
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(begin + 1)
+        probabilities = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.dropout(probabilities, dropout, True).to(v_seen.dtype) @ v_seen
+
+    parts = []
+    for begin in range(0, q.size(2), QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, q.size(2))
+        parts.append(checkpoint(block, q[:, :, begin:end], k[:, :, :end], v[:, :, :end], begin, use_reentrant=False))
+    return torch.cat(parts, dim=2)
+
+
+class VarlenAttention(PackedAttention):
+    """Packed attention through PyTorch's variable-length flash kernel (CUDA, bf16 or fp16)."""
+
+    varlen = True
