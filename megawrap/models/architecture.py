@@ -63,7 +63,16 @@ class Architecture:
     """The output layer shares the input embedding."""
 
     def __post_init__(self) -> None:
-        sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "vocab_size", "max_position_embeddings")
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "head_dim",
+            "ffn_hidden_size",
+            "vocab_size",
+            "max_position_embeddings",
+        )
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
