@@ -132,7 +132,8 @@ def transformer_config(architecture: Architecture, layout: Layout, build: Build)
         batch_p2p_comm=layout.vpp is None,
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_sync=cuda,
-        deallocate_pipeline_outputs=True,
+        # gloo reads a message after the schedule has gone on; freeing it then, as CUDA's streams allow, sends garbage.
+        deallocate_pipeline_outputs=cuda,
         # Compiled on first use, which does not pay on CPU; and only where the fused formula is the architecture's.
         bias_activation_fusion=cuda and fusable and architecture.linear_bias != architecture.gated,
         bias_dropout_fusion=cuda,
@@ -140,10 +141,17 @@ def transformer_config(architecture: Architecture, layout: Layout, build: Build)
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # Weights are written by `models.weights.fill`, the same for every layout.
-        perform_initialization=False,
+        # Weights are written by `models.weights.fill`, the same for every layout; megatron-core marks its tensor-parallel
+        # parameters only on the way through its own initialisation, so that draws nothing.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         **recompute,
     )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
