@@ -14,6 +14,7 @@ import importlib
 import os
 import queue
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -31,6 +32,10 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 TAIL_LINES = 40
 SETTLE_SECONDS = 5.0  # after the first failure, how long the other ranks may take to end by themselves
 STOP_SECONDS = 120.0  # after the first rank saved and stopped, how long the others may take
+# What gloo and NCCL say on a rank whose peer went away: a consequence, even where that rank's exit is seen first.
+_LOST_PEER = re.compile(
+    rb"connection (closed|reset|refused)|broken pipe|pair closure|remote process exited|ncclRemoteError|timed out waiting", re.IGNORECASE
+)
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _PR_SET_PDEATHSIG = 1
 
@@ -213,7 +218,8 @@ class _Ranks:
             return 128 + signal.SIGKILL
         if not failed:
             return EXIT_UNFINISHED if EXIT_UNFINISHED in self.codes.values() else EXIT_OK
-        rank, code = failed[0]
+        own = [(rank, code) for rank, code in failed if not _LOST_PEER.search(b"".join(self.tails[rank]))]
+        rank, code = (own or failed)[0]
         same_for_all = not late and code in (EXIT_USAGE, EXIT_CORRUPT) and set(self.codes.values()) == {code}
         if not same_for_all:  # a mistake that every rank found was already told by rank 0
             if rank != 0 and self.tails[rank]:
