@@ -49,5 +49,9 @@ class ConversionError(MegawrapError):
     """Hugging Face directories and what cannot be converted."""
 
 
+class TrainingError(MegawrapError):
+    """A run that cannot go on: a loss or gradient that is not finite."""
+
+
 class LaunchError(MegawrapError):
     """Starting ranks and submitting jobs."""

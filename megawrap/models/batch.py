@@ -54,8 +54,12 @@ class Batch:
     """[K] float32: its weight in the loss."""
     num_targets: int
     """Positions of weight above 0."""
-    count: float
+    count: int
     """What the loss sum is divided by: the sum of all weights, a whole number for both normalisations."""
+    num_tokens: int
+    """Positions that are not padding."""
+    squared_lengths: int
+    """Sum over samples of the square of their length."""
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], device: torch.device) -> Batch:
@@ -76,5 +80,7 @@ class Batch:
             labels=move(arrays["labels"][targets]),
             weights=move(weights[targets].astype(np.float32)),
             num_targets=int(np.count_nonzero(weights)),
-            count=float(round(float(weights.sum(dtype=np.float64)))),
+            count=round(float(weights.sum(dtype=np.float64))),
+            num_tokens=int(arrays["num_tokens"]),
+            squared_lengths=int(arrays["squared_lengths"]),
         )

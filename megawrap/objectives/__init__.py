@@ -26,13 +26,15 @@ class Loss:
     count: int
     """What the global sum is divided by; the counts of all micro-batches add up."""
     sums: dict[str, torch.Tensor | float]
-    """Further sums to report, each divided by the global count."""
+    """Further sums to report under the objective's `reports`, each divided by the global count."""
 
 
 class Objective(Protocol):
     """What the training loop needs of an objective."""
 
     name: str
+    reports: tuple[str, ...]
+    """Names of the further sums it reports."""
 
     def forward(self, model: Any, batch: Batch) -> Any:
         """Run this pipeline stage; the result goes to the next stage, or to `loss` on the last."""

@@ -19,6 +19,7 @@ class SupervisedFineTuning:
     """loss = sum_i w_i CE_i / sum_i w_i over the whole global batch."""
 
     name = "sft"
+    reports: tuple[str, ...] = ()
 
     def forward(self, model: Any, batch: Batch) -> Any:
         """Hidden states of this stage, or (weighted sum, losses [K]) on the last."""
@@ -27,4 +28,4 @@ class SupervisedFineTuning:
     def loss(self, output: Any, batch: Batch) -> Loss:
         """The sum and count of this micro-batch."""
         total, _ = output
-        return Loss(total=total, count=int(batch.count), sums={})
+        return Loss(total=total, count=batch.count, sums={})
