@@ -1,0 +1,1 @@
+"""Making and looking at JSONL and vocabularies, before preprocessing."""
