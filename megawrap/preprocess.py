@@ -23,11 +23,10 @@ from megawrap.errors import EXIT_OK, DataError, MegawrapError
 if TYPE_CHECKING:
     import numpy as np
 
-    from megawrap.data.format import IndexedWriter
     from megawrap.data.jsonl import JsonlReader, Sample
     from megawrap.data.tokenizer import Tokenizer
 
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 4 << 20  # measured on 40 MB: 1 MiB peaks at 122 MB, 4 at 228, 16 at 672, all at the same speed
 LOG_SECONDS = 30.0
 EXIT_INTERRUPTED = 130
 
@@ -207,19 +206,14 @@ class _Output:
     """The writer of PREFIX, or the two writers of twin files, behind one pair of calls."""
 
     def __init__(self, args: argparse.Namespace, prefix: Path, tokenizer: Tokenizer) -> None:
-        from megawrap.data.format import IndexedWriter, token_dtype, twin_prefixes
+        from megawrap.data.format import IndexedWriter, token_dtype
+        from megawrap.data.twins import open_writers
 
         self._tokenizer, self._append_eod = tokenizer, args.append_eod
         self._escape, self._num_fields = args.special_tokens_in_text != "allow", len(args.fields)
         self._strict, self.published = args.strict, False
-        prefixes = twin_prefixes(prefix, args.twin_files) if args.twin_files else (prefix,)
-        self._writers: list[IndexedWriter] = []
-        try:
-            for path in prefixes:
-                self._writers.append(IndexedWriter(path, token_dtype(tokenizer.vocab_size)))
-        except BaseException:
-            self.abort()
-            raise
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._writers = open_writers(prefix, args.twin_files, dtype) if args.twin_files else [IndexedWriter(prefix, dtype)]
 
     def __enter__(self) -> _Output:
         return self

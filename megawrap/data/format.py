@@ -489,8 +489,3 @@ class IndexedWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-
-def twin_prefixes(prefix: Path, name: str) -> tuple[Path, Path]:
-    """Prefixes of twin files: PREFIX_inputs_document and PREFIX_{name}_document, `name` being targets or outputs."""
-    return prefix.with_name(f"{prefix.name}_inputs_document"), prefix.with_name(f"{prefix.name}_{name}_document")
