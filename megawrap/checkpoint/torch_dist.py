@@ -212,6 +212,7 @@ class TorchDistWriter:
         self.path = Path(path)
         self.file_bytes = file_bytes
         self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._empty: dict[str, BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: IO[bytes] | None = None
         self._num_files = 0
@@ -244,11 +245,16 @@ class TorchDistWriter:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
         self._places[place] = self._append(data)
 
-    def _append(self, data: torch.Tensor) -> _StorageInfo:
+    def write_empty(self, key: str) -> None:
+        """Append an entry without data, as megatron-core asks for beside every parallel linear layer (`_extra_state`)."""
+        self._empty[key] = BytesStorageMetadata()
+        self._places[MetadataIndex(key)] = self._append([None])
+
+    def _append(self, data: torch.Tensor | list[None]) -> _StorageInfo:
         if self._file is not None and self._file.tell() >= self.file_bytes:
             self._close()
         path = self.path / (self._name() if self._file is None else Path(self._file.name).name)
-        with explain_write_errors(path, data.nbytes, error=CheckpointError):
+        with explain_write_errors(path, getattr(data, "nbytes", None), error=CheckpointError):
             if self._file is None:
                 self._file = open(path, "wb")  # noqa: SIM115 (stays open for the next tensor; _close)
                 self._num_files += 1
@@ -278,7 +284,7 @@ class TorchDistWriter:
         for key, entry in self._tensors.items():
             if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != entry.size.numel():
                 raise ValueError(f"{key} has {len(entry.chunks)} of {entry.size[0]} layers")
-        metadata = Metadata(dict(self._tensors), storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
+        metadata = Metadata({**self._tensors, **self._empty}, storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
         atomic_write(self.path / METADATA_FILE, pickle.dumps(metadata))
         write_common(self.path, common)
 
@@ -289,7 +295,7 @@ class TorchDistWriter:
         self._close()
 
 
-def save_tensor(tensor: torch.Tensor, file: IO[bytes]) -> None:
+def save_tensor(tensor: torch.Tensor | list[None], file: IO[bytes]) -> None:
     """`torch.save` that lets the operating system's own error through when a write fails."""
     guard = _Remembering(file)
     try:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megawrap.errors import ConfigError, ConversionError
-from megawrap.models.architecture import Architecture
+from megawrap.models.architecture import LAYERS, Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LAYER = LAYERS + "{layer}."  # the beginning of megatron names in a layer's rule
 TRANSFORMERS_VERSION = "5.23.0"  # the release whose config.json is written
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megawrap.errors import ConfigError, ConversionError
-from megawrap.families.base import TRANSFORMERS_VERSION, Copy, Family, Rule, Vocab, flag, positive
+from megawrap.families.base import LAYER, TRANSFORMERS_VERSION, Copy, Family, Rule, Vocab, flag, positive
 from megawrap.models.architecture import Activation, Architecture
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -37,7 +37,6 @@ _KEYS = (
     "pad_key_length", "pre_allocate_kv_cache", "validate_runner_input", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj",
 )  # fmt: skip
-_LAYER = "decoder.layers.{layer}."
 
 
 class GPTBigCode(Family):
@@ -126,7 +125,7 @@ class GPTBigCode(Family):
         qkv = hidden + 2 * architecture.num_query_groups * architecture.head_dim
 
         def layer(megatron: str, hf: str, *shape: int) -> Rule:
-            return Copy(_LAYER + megatron, "transformer.h.{layer}." + hf, *shape)
+            return Copy(LAYER + megatron, "transformer.h.{layer}." + hf, *shape)
 
         rules: list[Rule] = [
             Vocab("embedding.word_embeddings.weight", "transformer.wte.weight", vocab, hidden),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megawrap.errors import ConversionError
-from megawrap.families.base import QKV, TRANSFORMERS_VERSION, Copy, Family, GatedMLP, Rule, Vocab, flag, positive
+from megawrap.families.base import LAYER, QKV, TRANSFORMERS_VERSION, Copy, Family, GatedMLP, Rule, Vocab, flag, positive
 from megawrap.models.architecture import Activation, Architecture
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -20,7 +20,6 @@ _KEYS = (
     "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias",
     "mlp_bias", "head_dim", "pretraining_tp", "attention_dropout",
 )  # fmt: skip
-_LAYER = "decoder.layers.{layer}."
 
 
 class Llama(Family):
@@ -112,7 +111,7 @@ class Llama(Family):
 
         def qkv(kind: str, *columns: int) -> Rule:
             return QKV(
-                f"{_LAYER}self_attention.linear_qkv.{kind}",
+                f"{LAYER}self_attention.linear_qkv.{kind}",
                 (f"{hf}self_attn.q_proj.{kind}", f"{hf}self_attn.k_proj.{kind}", f"{hf}self_attn.v_proj.{kind}"),
                 architecture,
                 *columns,
@@ -120,20 +119,20 @@ class Llama(Family):
 
         def fc1(kind: str, *columns: int) -> Rule:
             names = (f"{hf}mlp.gate_proj.{kind}", f"{hf}mlp.up_proj.{kind}")
-            return GatedMLP(f"{_LAYER}mlp.linear_fc1.{kind}", names, architecture, *columns)
+            return GatedMLP(f"{LAYER}mlp.linear_fc1.{kind}", names, architecture, *columns)
 
         rules: list[Rule] = [
             Vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, hidden),
-            Copy(f"{_LAYER}self_attention.linear_qkv.layer_norm_weight", f"{hf}input_layernorm.weight", hidden),
+            Copy(f"{LAYER}self_attention.linear_qkv.layer_norm_weight", f"{hf}input_layernorm.weight", hidden),
             qkv("weight", hidden),
             *([qkv("bias")] if architecture.qkv_bias else []),
-            Copy(f"{_LAYER}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", hidden, width),
-            *([Copy(f"{_LAYER}self_attention.linear_proj.bias", f"{hf}self_attn.o_proj.bias", hidden)] if architecture.linear_bias else []),
-            Copy(f"{_LAYER}mlp.linear_fc1.layer_norm_weight", f"{hf}post_attention_layernorm.weight", hidden),
+            Copy(f"{LAYER}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", hidden, width),
+            *([Copy(f"{LAYER}self_attention.linear_proj.bias", f"{hf}self_attn.o_proj.bias", hidden)] if architecture.linear_bias else []),
+            Copy(f"{LAYER}mlp.linear_fc1.layer_norm_weight", f"{hf}post_attention_layernorm.weight", hidden),
             fc1("weight", hidden),
             *([fc1("bias")] if architecture.linear_bias else []),
-            Copy(f"{_LAYER}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", hidden, ffn),
-            *([Copy(f"{_LAYER}mlp.linear_fc2.bias", f"{hf}mlp.down_proj.bias", hidden)] if architecture.linear_bias else []),
+            Copy(f"{LAYER}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", hidden, ffn),
+            *([Copy(f"{LAYER}mlp.linear_fc2.bias", f"{hf}mlp.down_proj.bias", hidden)] if architecture.linear_bias else []),
             Copy("decoder.final_layernorm.weight", "model.norm.weight", hidden),
         ]
         if not architecture.tied:

@@ -16,6 +16,9 @@ Position = Literal["learned", "rope"]
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
+LAYERS = "decoder.layers."
+"""What the canonical name of every tensor of a layer begins with; its index and the rest follow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:

@@ -16,12 +16,11 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megawrap.models.architecture import Architecture
+from megawrap.models.architecture import LAYERS, Architecture
 
 Source = Callable[[str, tuple[int, ...]], torch.Tensor]
 """(canonical name, full shape with padded vocabulary) -> full tensor; vocabulary tensors may come without padding."""
 
-LAYERS = "decoder.layers."
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
