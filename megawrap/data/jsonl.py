@@ -464,6 +464,8 @@ class JsonlReader:
         batch: list[Sample] = []
         held = 0
         for name in self.names:
+            if self._limit is not None and self.counts.lines >= self._limit:
+                break
             source = Source(name)
             self.sources.append(source)
             try:
@@ -481,7 +483,7 @@ class JsonlReader:
                         batch, held = [], 0
             finally:
                 source.close()
-            if source.lines == 0 and (self._limit is None or self.counts.lines < self._limit):
+            if source.lines == 0:
                 raise DataError(f"{'standard input' if name == STDIN else name}: empty: there is no line in it")
         if batch:
             yield batch
