@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -28,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megawrap.checkpoint.manifest import MANIFEST_FILE
 from megawrap.checkpoint.untrusted import FilePart, load_plain, read_metadata, tensor_record
 from megawrap.errors import CheckpointError
 from megawrap.io import atomic_write, explain_write_errors, safe_join
@@ -35,7 +39,6 @@ from megawrap.io import atomic_write, explain_write_errors, safe_join
 COMMON_FILE = "common.pt"
 METADATA_FILE = ".metadata"
 FORMAT_FILE = "metadata.json"
-MANIFEST_FILE = "manifest.json"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _FILE_BYTES = 2 << 30
 
@@ -111,28 +114,46 @@ class TorchDistReader:
         Raises:
             CheckpointError: no such tensor or index, or a damaged file.
         """
+        shape = tuple(self._tensor(key).size)
+        if index is None:
+            return self.read_slice(key, (0,) * len(shape), shape)
+        if not (shape and 0 <= index < shape[0]):
+            raise CheckpointError(f"tensor {key} of {self.path} has shape {list(shape)}; index {index} is outside its first dimension")
+        return self.read_slice(key, (index, *(0 for _ in shape[1:])), (1, *shape[1:]))[0]
+
+    def read_slice(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """The box [offsets, offsets + sizes) of a tensor, on the CPU in the dtype on disk.
+
+        Raises:
+            CheckpointError: no such tensor or box, or a damaged file.
+        """
+        entry = self._tensor(key)
+        shape, dtype = tuple(entry.size), entry.properties.dtype
+        inside = len(offsets) == len(sizes) == len(shape)
+        if not inside or any(o < 0 or s < 0 or o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+            raise CheckpointError(f"tensor {key} of {self.path} has shape {list(shape)}, which has no {list(sizes)} at {list(offsets)}")
+        result, filled = torch.empty(tuple(sizes), dtype=dtype), 0
+        for chunk in entry.chunks:
+            overlap = _overlap(tuple(chunk.offsets), tuple(chunk.sizes), tuple(offsets), tuple(sizes))
+            if overlap is None:
+                continue
+            within, where = overlap
+            rows = (within[0].start, within[0].stop) if within else (0, 1)
+            data = self._read_rows(key, chunk, dtype, rows)
+            data = data[(slice(None), *within[1:])] if within else data
+            if filled == 0 and data.shape == result.shape:
+                return data
+            result[where] = data
+            filled += data.numel()
+        if filled != result.numel():
+            raise CheckpointError(f"{self.path / METADATA_FILE} covers {filled} of {result.numel()} elements of {key}", corrupt=True)
+        return result
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
         entry = self._entries.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{self.path} has no tensor {key}")
-        shape = tuple(entry.size)
-        if index is not None and not (shape and 0 <= index < shape[0]):
-            raise CheckpointError(f"tensor {key} of {self.path} has shape {list(shape)}; index {index} is outside its first dimension")
-        first, last = (0, shape[0] if shape else 1) if index is None else (index, index + 1)
-        result = torch.empty((last - first, *shape[1:]) if shape else (), dtype=entry.properties.dtype)
-        filled = 0
-        for chunk in entry.chunks:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            begin, end = (max(first, offsets[0]), min(last, offsets[0] + sizes[0])) if shape else (0, 1)
-            if begin >= end or 0 in sizes:
-                continue
-            rows = (begin - offsets[0], end - offsets[0]) if shape else (0, 1)
-            data = self._read_rows(key, chunk, entry.properties.dtype, rows)
-            where = (slice(begin - first, end - first), *(slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True)))
-            result[where if shape else ()] = data
-            filled += data.numel()
-        if filled != result.numel():
-            raise CheckpointError(f"{self.path / METADATA_FILE} covers {filled} of the {result.numel()} elements of {key}", corrupt=True)
-        return result if index is None else result[0]
+        return entry
 
     def _read_rows(self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, rows: tuple[int, int]) -> torch.Tensor:
         """Rows [begin, end) of a chunk along its first dimension."""
@@ -163,6 +184,20 @@ class TorchDistReader:
     ) -> None:
         if sizes != found or dtype != found_dtype:
             raise CheckpointError(f"{path} holds {list(found)} {found_dtype} where {key} should be {list(sizes)} {dtype}", corrupt=True)
+
+
+def _overlap(
+    begin: tuple[int, ...], sizes: tuple[int, ...], wanted: tuple[int, ...], wanted_sizes: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where two boxes overlap: slices within the first, slices within the second; None when they do not."""
+    within, where = [], []
+    for b, s, w, n in zip(begin, sizes, wanted, wanted_sizes, strict=True):
+        low, high = max(b, w), min(b + s, w + n)
+        if low >= high:
+            return None
+        within.append(slice(low - b, high - b))
+        where.append(slice(low - w, high - w))
+    return tuple(within), tuple(where)
 
 
 def _read_into(file: IO[bytes], position: int, tensor: torch.Tensor) -> None:
@@ -197,25 +232,45 @@ def write_common(directory: Path, common: dict[str, Any]) -> None:
     atomic_write(directory / FORMAT_FILE, json.dumps(FORMAT).encode())
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One chunk that was written: what the index says of it. `dtype` is None for an entry that is not a tensor."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    position: int
+    length: int
+
+
 class TorchDistWriter:
     """Writes tensors one at a time into a new torch_dist directory.
 
     `with TorchDistWriter(directory) as writer: writer.write(...); writer.finish(common)`. The same calls give the same
-    bytes. The directory is a checkpoint only when it is committed, for instance by `Store.save`.
+    bytes. The directory is a checkpoint only when it is committed, for instance by `Store.save`. When several ranks write
+    into one directory each has a writer of its own, and rank 0 calls `write_index` with the entries of all.
 
     Args:
         path: existing directory.
+        rank: of the writer among those of this directory; part of the file names.
         file_bytes: start another `.distcp` file after this many bytes, so that hashing can be spread.
+
+    Attributes:
+        entries: what was written.
+        files: names of the files that were written.
     """
 
-    def __init__(self, path: Path, *, file_bytes: int = _FILE_BYTES) -> None:
+    def __init__(self, path: Path, *, rank: int = 0, file_bytes: int = _FILE_BYTES) -> None:
         self.path = Path(path)
+        self.rank = rank
         self.file_bytes = file_bytes
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._empty: dict[str, BytesStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self.entries: list[Entry] = []
+        self.files: list[str] = []
+        self._chunks: dict[str, tuple[tuple[int, ...], torch.dtype, set[tuple[int, ...]]]] = {}
         self._file: IO[bytes] | None = None
-        self._num_files = 0
 
     def write(self, key: str, tensor: torch.Tensor, index: int | None = None, num_layers: int | None = None) -> None:
         """Append one tensor, or one layer of a stacked tensor.
@@ -230,49 +285,61 @@ class TorchDistWriter:
             CheckpointError: the disk is full, naming path and sizes.
             ValueError: written twice, or shapes or dtypes of one stacked tensor differ.
         """
-        tensor = tensor.detach().cpu().contiguous()
-        sizes = tuple(tensor.shape) if index is None else (1, *tensor.shape)
-        shape = sizes if index is None else (num_layers or 0, *tensor.shape)
-        offsets = (0,) * len(sizes) if index is None else (index, *(0 for _ in tensor.shape))
-        entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(shape), []))
-        place = MetadataIndex(key, offsets, len(entry.chunks))
-        inside = index is None or 0 <= index < shape[0]
-        if place in self._places or tuple(entry.size) != shape or entry.properties.dtype != tensor.dtype or not inside:
-            raise ValueError(f"{key} [{index} of {num_layers}] {sizes} {tensor.dtype} does not fit {entry.size} {entry.properties.dtype}")
-        data = tensor.view(sizes)
+        if index is None:
+            self.write_chunk(key, tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+        else:
+            self.write_chunk(key, tensor.unsqueeze(0), (index, *(0 for _ in tensor.shape)), (num_layers or 0, *tensor.shape))
+
+    def write_chunk(self, key: str, tensor: torch.Tensor, offsets: Sequence[int], shape: Sequence[int]) -> None:
+        """Append the part of a tensor of `shape` that begins at `offsets`.
+
+        Raises:
+            As `write`.
+        """
+        offsets, shape, sizes = tuple(offsets), tuple(shape), tuple(tensor.shape)
+        known_shape, dtype, seen = self._chunks.setdefault(key, (shape, tensor.dtype, set()))
+        inside = len(offsets) == len(shape) == len(sizes) and all(0 <= o <= n - s for o, s, n in zip(offsets, sizes, shape, strict=True))
+        if offsets in seen or known_shape != shape or dtype != tensor.dtype or not inside:
+            raise ValueError(
+                f"{key} {sizes} {tensor.dtype} at {offsets} of {shape} does not fit {known_shape} {dtype}, or is there already"
+            )
+        data = tensor.detach().cpu().contiguous()
         if data.untyped_storage().nbytes() != data.nbytes:
             data = data.clone()
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-        self._places[place] = self._append(data)
+        place = self._append(data, data.nbytes)
+        seen.add(offsets)
+        self.entries.append(Entry(key, shape, dtype, offsets, sizes, *place))
 
     def write_empty(self, key: str) -> None:
         """Append an entry without data, as megatron-core asks for beside every parallel linear layer (`_extra_state`)."""
-        self._empty[key] = BytesStorageMetadata()
-        self._places[MetadataIndex(key)] = self._append([None])
+        self.write_object(key, None)
 
-    def _append(self, data: torch.Tensor | list[None]) -> _StorageInfo:
+    def write_object(self, key: str, value: Any) -> None:
+        """Append an entry that is not a tensor; plain types only, or readers will refuse it."""
+        self.entries.append(Entry(key, (), None, (), (), *self._append([value], None)))
+
+    def _append(self, data: Any, num_bytes: int | None) -> tuple[str, int, int]:
+        """File name, position and length of what was appended."""
         if self._file is not None and self._file.tell() >= self.file_bytes:
-            self._close()
-        path = self.path / (self._name() if self._file is None else Path(self._file.name).name)
-        with explain_write_errors(path, getattr(data, "nbytes", None), error=CheckpointError):
+            self.close()
+        name = self.files[-1] if self._file is not None else f"__{self.rank}_{len(self.files)}.distcp"
+        with explain_write_errors(self.path / name, num_bytes, error=CheckpointError):
             if self._file is None:
-                self._file = open(path, "wb")  # noqa: SIM115 (stays open for the next tensor; _close)
-                self._num_files += 1
-            offset = self._file.tell()
+                self._file = open(self.path / name, "wb")  # noqa: SIM115 (stays open for the next tensor; close)
+                self.files.append(name)
+            position = self._file.tell()
             save_tensor(data, self._file)
-            return _StorageInfo(path.name, offset, self._file.tell() - offset)
+            return name, position, self._file.tell() - position
 
-    def _name(self) -> str:
-        return f"__0_{self._num_files}.distcp"
-
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the file being written; harmless when there is none."""
         if self._file is not None:
             file, self._file = self._file, None
             with explain_write_errors(self.path, error=CheckpointError):
                 file.close()
 
     def finish(self, common: dict[str, Any]) -> None:
-        """Write the index, common.pt and metadata.json.
+        """Write the index, common.pt and metadata.json of a directory that this writer wrote alone.
 
         Args:
             common: plain types, tensors and an `argparse.Namespace` (`args`).
@@ -280,22 +347,48 @@ class TorchDistWriter:
         Raises:
             ValueError: layers of a stacked tensor were not written.
         """
-        self._close()
-        for key, entry in self._tensors.items():
-            if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != entry.size.numel():
-                raise ValueError(f"{key} has {len(entry.chunks)} of {entry.size[0]} layers")
-        metadata = Metadata({**self._tensors, **self._empty}, storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
-        atomic_write(self.path / METADATA_FILE, pickle.dumps(metadata))
+        self.close()
+        write_index(self.path, self.entries)
         write_common(self.path, common)
 
     def __enter__(self) -> TorchDistWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        self.close()
 
 
-def save_tensor(tensor: torch.Tensor | list[None], file: IO[bytes]) -> None:
+def write_index(directory: Path, entries: Iterable[Entry]) -> None:
+    """Write `.metadata` for what the writers of a directory wrote.
+
+    Raises:
+        ValueError: a tensor is not covered exactly, or its parts disagree.
+    """
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    covered: dict[str, int] = {}
+    for entry in entries:
+        info = _StorageInfo(entry.file, entry.position, entry.length)
+        if entry.dtype is None:
+            tensors[entry.key] = BytesStorageMetadata()
+            places[MetadataIndex(entry.key)] = info
+            continue
+        new = TensorStorageMetadata(TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), [])
+        known = tensors.setdefault(entry.key, new)
+        index = MetadataIndex(entry.key, entry.offsets)
+        if not isinstance(known, TensorStorageMetadata) or known.size != new.size or known.properties != new.properties or index in places:
+            raise ValueError(f"{entry.key} at {entry.offsets} was written twice or with other shapes")
+        places[MetadataIndex(entry.key, entry.offsets, len(known.chunks))] = info
+        known.chunks.append(ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.sizes)))
+        covered[entry.key] = covered.get(entry.key, 0) + math.prod(entry.sizes)
+    short = [key for key, count in covered.items() if count != math.prod(tensors[key].size)]  # type: ignore[union-attr]
+    if short:
+        raise ValueError(f"not every part of {', '.join(short)} was written, or some twice")
+    metadata = Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+    atomic_write(directory / METADATA_FILE, pickle.dumps(metadata))
+
+
+def save_tensor(tensor: Any, file: IO[bytes]) -> None:
     """`torch.save` that lets the operating system's own error through when a write fails."""
     guard = _Remembering(file)
     try:
