@@ -50,6 +50,9 @@ class TorchDistReader:
         path: directory with `.metadata` and `.distcp` files.
         trust: read it although it has no manifest.json that its bytes could be checked against.
 
+    Attributes:
+        shapes: full shape of every tensor, by its name on disk.
+
     Raises:
         CheckpointError: no torch_dist directory, no manifest and no trust, or a damaged index.
     """
@@ -65,6 +68,7 @@ class TorchDistReader:
         metadata = read_metadata(self.path / METADATA_FILE)
         self._entries = metadata.state_dict_metadata
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.shapes: dict[str, tuple[int, ...]] = {key: shape for key, (shape, _) in self.keys().items()}
         self._check_places()
 
     def _check_places(self) -> None:
