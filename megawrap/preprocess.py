@@ -11,9 +11,10 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,18 +93,33 @@ def run(args: argparse.Namespace) -> int:
         MegawrapError: bad flags, input, tokenizer or disk; nothing is left behind.
     """
     _check_flags(args)
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or _num_cores()
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(workers)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        print(_preprocess(args))
+        with _terminate_as_interrupt():
+            print(_preprocess(args))
     except KeyboardInterrupt:
         print("megawrap: interrupted, nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM, which ends a cluster job, cleans up as Ctrl-C does; only the main thread may ask for signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return EXIT_OK
 
 
 def _interrupt(signum: int, frame: Any) -> None:
@@ -163,7 +179,7 @@ def _preprocess(args: argparse.Namespace) -> str:
     )
     size = _input_bytes(names)
     if args.limit is None:
-        require_free_space(prefix, size // 4, error=DataError)  # fewer bytes than any tokenizer of today writes for this much text
+        require_free_space(prefix, size // 16, error=DataError)  # a low estimate: text gives 0.4 to 1 byte of ids per byte, other keys none
     started = time.monotonic()
     with ExitStack() as stack:
         output = stack.enter_context(_Output(args, prefix, tokenizer))
@@ -171,7 +187,7 @@ def _preprocess(args: argparse.Namespace) -> str:
         for batch in reader.batches(BATCH_BYTES):
             output.add(batch, totals)
             progress.update(reader.raw_bytes, reader.counts.lines)
-        counts = _final_counts(reader, totals, names)
+        counts = _final_counts(reader, totals, names, output.num_documents)
         output.prepare(_manifest(args, tokenizer, reader, counts, totals))
         side_file = prefix.with_name(prefix.name + ".bad.jsonl")
         if bad_lines.total:
@@ -265,6 +281,11 @@ class _Output:
         for writer, mask, column in zip(self._writers, (~is_target, is_target), (0, 1), strict=True):
             writer.add(ids[mask], table[:, column], np.ones(documents, dtype=np.int32), None)
 
+    @property
+    def num_documents(self) -> int:
+        """Samples written so far."""
+        return self._writers[-1].num_documents
+
     def prepare(self, manifest: dict[str, Any]) -> None:
         """Write everything under temporary names."""
         for writer in self._writers:
@@ -283,14 +304,15 @@ def _input_bytes(names: Sequence[str]) -> int:
     return sum(os.stat(name).st_size for name in names if name != STDIN)
 
 
-def _final_counts(reader: JsonlReader, totals: Totals, names: Sequence[str]) -> dict[str, Any]:
+def _final_counts(reader: JsonlReader, totals: Totals, names: Sequence[str], num_documents: int) -> dict[str, Any]:
     """Counts of lines by what became of them; refuses when nothing is left."""
     counts = reader.counts
     whole = counts.to_dict()
     whole["samples"] -= totals.no_output_token
     whole["empty_outputs"] += totals.no_output_token
-    if whole["lines"] != whole["samples"] + whole["blank"] + whole["empty_outputs"] + sum(whole["bad"].values()):
-        raise AssertionError(f"counts do not add up: {whole}")
+    parts = whole["samples"] + whole["blank"] + whole["empty_outputs"] + sum(whole["bad"].values())
+    if whole["lines"] != parts or whole["samples"] != num_documents:
+        raise AssertionError(f"counts do not add up: {whole}, {num_documents} documents written")
     if whole["samples"] == 0:
         raise DataError(f"{', '.join(names)}: no sample in {_lines_sentence(whole)}, nothing was written")
     return whole
