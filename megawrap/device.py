@@ -342,7 +342,14 @@ ADAPTATIONS = (
     _factories("megatron.core.utils"),
 )  # fmt: skip
 
-_SILENCED = ("Apex is not installed", "Transformer Engine", "transformer_engine", "Nvidia ModelOpt", "flash", "fused", "Falling back to")
+_SILENCED = (
+    # megatron-core says on import, and on first use, what is not installed; the pre-flight print says what is used instead.
+    (UserWarning, "(Apex|Transformer Engine and Apex) (is|are) not installed"),
+    (UserWarning, "full scope is deprecated. Use empty cuda_graph_scope"),
+    (UserWarning, "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS"),
+    (FutureWarning, "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
+)
+"""Warnings of megatron-core that a user can do nothing about."""
 
 
 def adapt() -> None:
@@ -350,18 +357,16 @@ def adapt() -> None:
     if _STATE["adapted"]:
         return
     _STATE["adapted"] = True
-    with warnings.catch_warnings():
-        for words in _SILENCED:
-            warnings.filterwarnings("ignore", message=f".*{words}.*")
-        level = logging.root.level
-        logging.disable(logging.WARNING)
-        try:
-            for name in ("optimizer", "pipeline_parallel", "models.gpt", "distributed", "dist_checkpointing", "tensor_parallel"):
-                importlib.import_module(f"megatron.core.{name}")
-        finally:
-            logging.disable(logging.NOTSET)
-            logging.root.setLevel(level)
+    for category, message in _SILENCED:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    logging.disable(logging.WARNING)  # a page of lines about optional packages
+    try:
+        for name in ("optimizer", "pipeline_parallel", "models.gpt", "distributed", "dist_checkpointing", "tensor_parallel"):
+            importlib.import_module(f"megatron.core.{name}")
+    finally:
+        logging.disable(logging.NOTSET)
     if detect().kind == "cuda":
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asynchronous tensor-parallel collectives need the order
         return
     for adaptation in ADAPTATIONS:
         owner: Any = importlib.import_module(adaptation.module)

@@ -84,7 +84,8 @@ class Layout:
         check(ffn % self.tp == 0, f"ffn_hidden_size {ffn} cannot be split over tp {self.tp}")
         check(
             architecture.num_layers % self.stages == 0,
-            f"{architecture.num_layers} layers cannot be split evenly over {self.stages} pipeline stages (pp {self.pp} x vpp {self.vpp or 1})",
+            f"{architecture.num_layers} layers cannot be split evenly over {self.stages} pipeline stages "
+            f"(pp {self.pp} x vpp {self.vpp or 1})",
         )
         check(self.vpp is None or self.pp > 1, f"vpp {self.vpp} needs pp above 1, but pp is {self.pp}")
         rows = micro_batch_size * self.dp
@@ -101,7 +102,8 @@ class Layout:
         tokens = micro_batch_size * seq_length
         check(
             not self.sequence_parallel or tokens % self.tp == 0,
-            f"sequence parallelism cannot split micro_batch_size {micro_batch_size} x seq_length {seq_length} = {tokens} positions over tp {self.tp}",
+            f"sequence parallelism cannot split micro_batch_size {micro_batch_size} x seq_length {seq_length} = {tokens} positions "
+            f"over tp {self.tp}",
         )
         return found
 

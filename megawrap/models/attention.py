@@ -94,9 +94,7 @@ class PackedAttention(MegatronModule):
         )  # fmt: skip
         return out.flatten(1)
 
-    def _per_segment(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, dropout: float
-    ) -> torch.Tensor:
+    def _per_segment(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, dropout: float) -> torch.Tensor:
         lengths = list(segments.lengths)
         blocked = dropout > 0 and query.device.type == "cpu"
         grouped = query.size(1) != key.size(1)

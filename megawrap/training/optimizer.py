@@ -35,9 +35,7 @@ def wrap(chunks: Sequence[Any], *, distributed: bool, overlap: bool) -> list[Any
     wrapped = []
     for number, chunk in enumerate(chunks):
         module = Float16Module(config, chunk) if config.bf16 or config.fp16 else chunk
-        wrapped.append(
-            DistributedDataParallel(config, options, module, disable_bucketing=number > 0, pg_collection=parallel.groups())
-        )
+        wrapped.append(DistributedDataParallel(config, options, module, disable_bucketing=number > 0, pg_collection=parallel.groups()))
     return wrapped
 
 
