@@ -97,8 +97,8 @@ def _write_first(folders: Sequence[Path], packing: Packing, key: PackingKey) -> 
         try:
             _write(folder, packing, key)
             return f"written to {folder}"
-        except MegawrapError as problem:
-            refusals.append(problem.message)
+        except (MegawrapError, OSError) as problem:
+            refusals.append(str(problem))
     return f"not written ({'; '.join(refusals)})"
 
 

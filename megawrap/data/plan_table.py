@@ -73,9 +73,8 @@ def _losses(plan: Plan, names: dict[Path, str]) -> list[str]:
             for reason, number in counts.dropped_documents.items():
                 lines.append(f"{name}: dropped {number:,} documents, {counts.dropped_tokens[reason]:,} tokens: {reason}")
             if counts.shortened:
-                lines.append(
-                    f"{name}: {counts.shortened:,} of {counts.overlong:,} documents longer than a row lost {counts.cut_tokens:,} tokens"
-                )
+                kind = "tokens" if counts.cut_supervised else "tokens of inputs"
+                lines.append(f"{name}: {counts.shortened:,} of {counts.overlong:,} over-long documents lost {counts.cut_tokens:,} {kind}")
             if counts.cut_supervised:
                 lines.append(f"{name}: {counts.cut_supervised:,} supervised tokens are not trained on")
             if counts.pieces > counts.samples:

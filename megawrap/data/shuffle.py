@@ -92,7 +92,7 @@ def shuffled_order(values: np.ndarray, bound: int, key: int) -> np.ndarray:
         raise ValueError(f"{size} values up to {bound} leave no room for random bits")
     words = np.arange(size, dtype=np.uint64)
     words *= np.uint64(_GOLDEN)
-    words += np.uint64(key)
+    words += np.uint64(key & _MASK)
     _mix(words)
     words >>= np.uint64(value_bits)
     words &= np.uint64(_MASK >> index_bits << index_bits)

@@ -1,0 +1,178 @@
+"""Rows against a token-by-token oracle: labels, weights, positions, segments; the mask laws; bad token ids."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megawrap.config import OverlongPolicy
+from megawrap.data.packing import pack
+from megawrap.data.rows import Row, RowDataset, empty_row
+from megawrap.data.samples import select
+from megawrap.errors import EXIT_USAGE, DataError
+from tests.data.documents import END, Document, flat, sample, samples, segment, windows, write
+
+POLICIES = [policy for policy in get_args(OverlongPolicy) if policy != "error"]
+DTYPES = {
+    "tokens": np.int64, "labels": np.int64, "weights": np.float32, "position_ids": np.int64, "segment_lengths": np.int32,
+    "sample_ids": np.int64,
+}  # fmt: skip
+
+
+def rows_of(
+    prefix: Path, documents: list[Document], seq_length: int, *, overlong: str = "truncate-inputs-left", loss_on: str = "outputs", **options
+) -> RowDataset:
+    dataset = write(prefix, documents, modes=options.pop("modes", True))
+    span = options.pop("span", (0, len(documents)))
+    pieces = select(dataset, *span, seq_length=seq_length, overlong=overlong, loss_on=loss_on)  # type: ignore[arg-type]
+    return RowDataset(dataset, pack(pieces, seq_length, 5), seq_length=seq_length, loss_on=loss_on, **options)  # type: ignore[arg-type]
+
+
+def cut_apart(row: Row, seq_length: int) -> list[tuple[int | None, list[tuple[int, int, int, float]]]]:
+    """(document, positions) of every segment; document None for padding."""
+    assert {name: array.dtype for name, array in row.items()} == DTYPES
+    assert all(len(row[name]) == seq_length for name in ("tokens", "labels", "weights", "position_ids"))
+    lengths, ids = row["segment_lengths"].tolist(), row["sample_ids"].tolist()
+    assert sum(lengths) == seq_length and min(lengths) > 0
+    assert len(lengths) in (len(ids), len(ids) + 1)
+    found, at = [], 0
+    for number, length in enumerate(lengths):
+        columns = [row[name][at : at + length].tolist() for name in ("tokens", "labels", "position_ids", "weights")]
+        found.append((ids[number] if number < len(ids) else None, list(zip(*columns, strict=True))))
+        at += length
+    return found
+
+
+@pytest.mark.parametrize("normalize", ["token", "target"])
+@pytest.mark.parametrize("loss_on", ["outputs", "all"])
+@pytest.mark.parametrize("overlong", POLICIES)
+@pytest.mark.parametrize("chat", [False, True])
+def test_rows_equal_the_oracle(tmp_path: Path, overlong: str, loss_on: str, normalize: str, chat: bool) -> None:
+    documents = samples(11, 120, longest=15, chat=chat)
+    documents += [[(1, [3, 4]), (1, [5, END])], [(0, [1]), (1, []), (1, [2, END]), (0, [8]), (1, [9, END])]]
+    for seq_length, span in ((7, (0, len(documents))), (40, (13, 90))):
+        rows = rows_of(
+            tmp_path / f"d{seq_length}", documents, seq_length, overlong=overlong, loss_on=loss_on, normalize=normalize, span=span
+        )
+        wanted = sorted(
+            (d, segment(documents[d], start, length, loss_on, normalize))
+            for d in range(*span)
+            for start, length in windows(documents[d], seq_length, overlong, loss_on)
+        )
+        found = []
+        for index in range(len(rows)):
+            row = rows.row(index)
+            assert rows.sample_ids(index).tolist() == row["sample_ids"].tolist()
+            for document, positions in cut_apart(row, seq_length):
+                if document is None:
+                    assert all(weight == 0 and place == i for i, (_, _, place, weight) in enumerate(positions))
+                else:
+                    found.append((document, positions))
+        assert [(d, [p[:3] for p in ps]) for d, ps in sorted(found)] == [(d, [p[:3] for p in ps]) for d, ps in wanted]
+        for (_, one), (_, other) in zip(sorted(found), wanted, strict=True):
+            assert [p[3] for p in one] == pytest.approx([p[3] for p in other], rel=1e-6)
+
+
+def sample_set(seed: int) -> tuple[list[Document], int]:
+    """Random samples that fit a row, and the length of the row."""
+    rng = random.Random(seed)
+    seq_length, longest, chat = rng.randint(4, 40), rng.randint(1, 30), rng.random() < 0.5
+    documents = [sample(rng, longest=longest, chat=chat) for _ in range(rng.randint(1, 8))]
+    documents = [document for document in documents if 2 <= len(flat(document)[0]) <= seq_length + 1]
+    return [*documents, [(0, [1]), (1, [2, END])]], seq_length
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32))
+def test_mask_laws(seed: int) -> None:
+    """R15: the mask holds every output token and the end token once and nothing else, though padding looks like the end."""
+    sets = [sample_set(seed + number) for number in range(100)]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write(Path(folder) / "d", [document for documents, _ in sets for document in documents])
+        first = 0
+        for documents, seq_length in sets:
+            pieces = select(dataset, first, first + len(documents), seq_length=seq_length, overlong="error")
+            rows = RowDataset(dataset, pack(pieces, seq_length, seed), seq_length=seq_length)
+            check_mask(documents, first, [rows.row(index) for index in range(len(rows))], seq_length)
+            first += len(documents)
+
+
+def check_mask(documents: list[Document], first: int, rows: list[Row], seq_length: int) -> None:
+    supervised, ends = [], 0
+    for number, document in enumerate(documents):
+        tokens, modes = flat(document)
+        supervised += [(first + number, i, tokens[i]) for i in range(1, len(tokens)) if modes[i]]
+        ends += sum(tokens[i] == END for i in range(1, len(tokens)))
+    found = []
+    for row in rows:
+        for document_number, positions in cut_apart(row, seq_length):
+            found += [(document_number, place + 1, label) for _, label, place, weight in positions if weight]
+            assert {weight for *_, weight in positions} <= {0.0, 1.0}
+    assert sorted(found, key=str) == sorted(supervised, key=str)
+    assert sum(row["weights"].sum() for row in rows) == len(supervised)
+    assert sum(label == END for _, _, label in found) == ends
+
+
+def test_targets_weigh_one_each(tmp_path: Path) -> None:
+    documents = samples(12, 80, longest=9, chat=True)
+    rows = rows_of(tmp_path / "d", documents, 100, normalize="target")
+    total = sum(float(rows.row(index)["weights"].sum()) for index in range(len(rows)))
+    runs = 0
+    for document in documents:
+        modes = flat(document)[1][1:]
+        runs += sum(mode == 1 and (i == 0 or modes[i - 1] == 0) for i, mode in enumerate(modes))
+    assert total == pytest.approx(runs, rel=1e-5)
+
+
+def test_no_label_comes_from_the_next_sample(tmp_path: Path) -> None:
+    documents = [[(0, [10 * d + 1, 10 * d + 2]), (1, [10 * d + 3])] for d in range(1, 31)]
+    rows = rows_of(tmp_path / "d", documents, 64, loss_on="all", modes=False)
+    for index in range(len(rows)):
+        row = rows.row(index)
+        real = row["weights"] > 0
+        assert (row["tokens"][real] // 10 == row["labels"][real] // 10).all()
+        assert (row["labels"][real] == row["tokens"][real] + 1).all()
+
+
+def test_an_empty_row_trains_nothing() -> None:
+    row = empty_row(9)
+    assert [(document, len(positions)) for document, positions in cut_apart(row, 9)] == [(None, 9)]
+    assert row["weights"].sum() == 0 and row["position_ids"].tolist() == list(range(9))
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    documents: list[Document] = [[(0, [1, 2]), (1, [3, END])] for _ in range(9)]
+    documents[6] = [(0, [1, 2]), (1, [500, END])]
+    rows = rows_of(tmp_path / "d", documents, 12, vocab_size=500)
+    with pytest.raises(DataError, match=r"d\.bin: token id 500 in document 6, the model knows 0 to 499") as caught:
+        for index in range(len(rows)):
+            rows.row(index)
+    assert caught.value.exit_code == EXIT_USAGE
+    rows.vocab_size = 501
+    assert sum(len(rows.row(index)["sample_ids"]) for index in range(len(rows))) == 9
+
+
+def test_the_last_token_of_a_row_is_checked_too(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "d", [[(0, [1, 2]), (1, [3, 700])]], 3, vocab_size=600)
+    with pytest.raises(DataError, match="token id 700 in document 0"):
+        rows.row(0)
+
+
+def test_rows_outside_are_refused(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "d", samples(13, 5), 64)
+    for index in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            rows.row(index)
+
+
+def test_rows_keep_their_data_open(tmp_path: Path) -> None:
+    """Arrays stay valid after the dataset object is gone."""
+    row = rows_of(tmp_path / "d", samples(14, 5), 64).row(0)
+    assert row["tokens"].base is None and int(row["tokens"].sum()) > 0

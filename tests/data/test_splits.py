@@ -1,0 +1,168 @@
+"""Weighted split strings: both spellings, ranges, and every way to write them wrong."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megawrap.data.splits import parse
+from megawrap.errors import EXIT_USAGE, DataError
+
+GOOD = "train: 1.0 0:0.95 code, 0.3 0:1 other"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "splits.txt"
+    path.write_bytes(text.encode())
+    return path
+
+
+def refusal(splits: str | list[str] | Path) -> str:
+    with pytest.raises(DataError) as caught:
+        parse(splits)
+    assert caught.value.exit_code == EXIT_USAGE
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"train: 1.0 0:0.95 code, 0.3 0:1 other" "VALID_code: 1 0.95:1 code"\n',
+        '"train: 1.0 0:0.95 code, 0.3 0:1 other" "VALID_code: 1 0.95:1 code"',
+        '"TRAIN: 1.0 0:0.95 code, 0.3 0:1 other"\n"VALID_code: 1 0.95:1 code"\n',
+        "train: 1.0 0:0.95 code, 0.3 0:1 other\nVALID_code: 1 0.95:1 code",
+        "# data\n\n  train:1.0 0:0.95 code,0.3 0:1 other   # two\r\n# c: 1 0:1 x\nVALID_code: 1 .95:1. code\n",
+        "\ufefftrain: 1e0 0:0.95 'code', 0.3 0:1 \"other\"\nVALID_code: +1 0.95:1 code\n",
+    ],
+)
+def test_both_spellings_mean_the_same(tmp_path: Path, text: str) -> None:
+    splits = parse(written(tmp_path, text))
+    assert [group.name for group in splits.groups] == ["train", "VALID_code"]
+    assert [(s.weight, s.start, s.end, s.prefix) for s in splits.train.sources] == [
+        (1.0, 0.0, 0.95, tmp_path / "code"),
+        (0.3, 0.0, 1.0, tmp_path / "other"),
+    ]
+    assert splits.train.probabilities == pytest.approx([10 / 13, 3 / 13])
+    assert [group.name for group in splits.valid] == ["VALID_code"]
+    assert splits.test == ()
+
+
+def test_strings_and_lists_start_from_the_working_directory(tmp_path: Path) -> None:
+    for splits in (GOOD, [GOOD], f"{GOOD}\nvalid: 1 0:1 third", [GOOD, '"valid: 1 0:1 third" "test_a: 1 0:1 fourth"']):
+        assert parse(splits).train.sources[0].prefix == Path("code")
+    assert parse([GOOD], base_dir=tmp_path).train.sources[1].prefix == tmp_path / "other"
+    assert parse("splits.txt", base_dir=written(tmp_path, GOOD).parent).train.sources[0].prefix == tmp_path / "code"
+
+
+@pytest.mark.parametrize("name", ["a b", "a, b:c", "it's", 'say "x"', "back\\slash", "new\nline", "ünï", "#x", "a #b", " lead", "-0:1"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_quoted_prefix_holds_anything(tmp_path: Path, name: str, outer: bool) -> None:
+    quoted = "'" + name.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+    group = f"train: 1 0:0.5 {quoted}, 2 0:1 plain"
+    text = '"' + group.replace('"', '\\"') + '"' if outer else group
+    sources = parse(written(tmp_path, text)).train.sources
+    assert [source.prefix for source in sources] == [tmp_path / name, tmp_path / "plain"]
+
+
+def test_an_unquoted_prefix_may_hold_colons_and_quotes() -> None:
+    assert parse(["train: 1 0:1 /d/o'b:c#1"]).train.sources[0].prefix == Path("/d/o'b:c#1")
+
+
+@given(st.integers(0, 10**7), st.lists(st.integers(0, 1000), min_size=1, max_size=6, unique=True))
+def test_adjoining_ranges_share_out_every_document_once(documents: int, cuts: list[int]) -> None:
+    bounds = [0, *sorted(cut / 1000 for cut in cuts if 0 < cut < 1000), 1]
+    groups = [f"{'train' if i == 0 else f'valid{i}'}: 1 {a}:{b} x" for i, (a, b) in enumerate(pairwise(bounds))]
+    ranges = [group.sources[0].documents(documents) for group in parse(groups).groups]
+    assert ranges[0][0] == 0 and ranges[-1][1] == documents
+    assert all(one[1] == other[0] for one, other in pairwise(ranges))
+
+
+def test_bounds_are_rounded() -> None:
+    source = parse(["train: 1 0.123:0.95 x"]).train.sources[0]
+    assert source.documents(1000) == (123, 950)
+    assert source.documents(10) == (1, 10)
+
+
+BAD = {  # text: facts the message must hold
+    "train: -1 0:1 x": ["WEIGHT is -1", "above 0"],
+    "train: 0 0:1 x": ["WEIGHT is 0"],
+    "train: nan 0:1 x": ["WEIGHT is 'nan'"],
+    "train: inf 0:1 x": ["WEIGHT is 'inf'"],
+    "train: 1e999 0:1 x": ["1e999"],
+    "train: 1_0 0:1 x": ["1_0"],
+    "train: 1 0.5:0.5 x": ["START 0.5 is not below END 0.5"],
+    "train: 1 0.9:0.1 x": ["START 0.9 is not below END 0.1"],
+    "train: 1 0:1.2 x": ["END is 1.2", "0 to 1"],
+    "train: 1 -0.1:1 x": ["START is -0.1"],
+    "train: 1 0:nan x": ["END is 'nan'"],
+    "train: 1 0:95% x": ["95%", "0.95"],
+    "train: 100% 0:1 x": ["100%", "write the fraction 1"],
+    "train: 1 start:end x": ["START is 'start'", "END is 'end'"],
+    "train: 1 0-1 x": ["'0-1' is not START:END"],
+    "train: 1 0:0.5:1 x": ["not START:END"],
+    "train: 1 0:1": ["2 words"],
+    "train: 1 0:1 a b": ["4 words", "quote"],
+    "train: 1 0:1 a 1 0:1 b": ["6 words", "comma is missing"],
+    "train: 1 0:1 a,, 1 0:1 b": ["an entry is empty"],
+    "train: 1 0:1 a,": ["an entry is empty"],
+    "train:": ["no dataset"],
+    "train: 1 0:1 ''": ["not a path"],
+    "train: 1 0:1 'a": ["missing quote"],
+    "train: 1 0:1 'a'b": ["follows a closing quote"],
+    '"train: 1 0:1 a': ["missing quote"],
+    '"train: 1 0:1 a" valid: 1 0:1 b': ["outside the quotes"],
+    '"train: 1 0:1 a""valid: 1 0.5:1 a" x': ["outside the quotes"],
+    "train 1 0:1 a": ["group name"],
+    ": 1 0:1 a": ["group name"],
+    "train: 1 0:0.5 x, 1 0.5:1 x": ["twice", "x"],
+    "train: 1 0:0.5 x, 1 0.5:1 ./x": ["twice"],
+    "train: 1 0:0.9 x\nvalid: 1 0.8:1 x": ["valid 0.8:1 overlaps train 0:0.9", "0.8:0.9"],
+    "train: 1 0:0.5 x\nvalid_a: 1 0.5:0.8 x\ntest: 1 0.7:1 x": ["test 0.7:1 overlaps valid_a 0.5:0.8"],
+    "train: 1 0:1 x\nvalid: 1 0:1 y/../x": ["overlaps"],
+    "valid: 1 0:1 x": ["no train group", "valid"],
+    "train: 1 0:1 x\ntrain: 1 0:1 y": ["already given"],
+    "train: 1 0:1 x\nvalid: 1 0:1 y\nVALID: 1 0:1 z": ["VALID is already given"],
+    "train: 1 0:1 x\ntrain_b: 1 0:1 y": ["train_b", "one train group"],
+    "train: 1 0:1 x\nvlaid: 1 0:1 y": ["vlaid", "did you mean valid?"],
+    "train: 1 0:1 x\ndev_stdlib: 1 0:1 y": ["did you mean valid_stdlib?"],
+    "train: 1 0:1 x\npython: 1 0:1 y": ["valid_python"],
+    "train: 1 0:1 x\nvalid a/b: 1 0:1 y": ["'valid a/b'", "letters"],
+    "\n": ["no train group", "none at all"],
+    "": ["no train group"],
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_every_mistake_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    message = refusal(path)
+    for fact in BAD[text]:
+        assert fact in message
+    if "no train" not in message:
+        assert f"{path}:{1 + text.rstrip().count(chr(10))}:" in message
+    assert os.listdir(tmp_path) == ["splits.txt"]
+
+
+def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
+    message = refusal(written(tmp_path, "trian: 0 0:2 a\n# fine\nvalid: 1 0.5:0.1 b, 1 x y z\nvalid: 1 0:1 'q"))
+    for fact in ("trian", "WEIGHT is 0", "END is 2", ":3: group valid, entry 1", "START 0.5", "entry 2", ":4: group valid: missing quote"):
+        assert fact in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "No such file" in refusal(str(tmp_path / "absent.txt"))
+    assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "latin").write_bytes(b"train: 1 0:1 \xe9")
+    assert "UTF-8 at byte 13" in refusal(tmp_path / "latin")
+    assert "splits[1]: group valid" in refusal([GOOD, "valid: 1 2:3 x"])
+
+
+def test_symbolic_links_do_not_hide_an_overlap(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert "overlaps" in refusal(written(tmp_path, "train: 1 0:1 real/x\nvalid: 1 0.5:1 link/x"))
