@@ -1,8 +1,8 @@
 """Recipes and flags to a `Config`: what `--config RECIPE.yaml --optim.lr 1e-5 --no-load-optim` means.
 
 In: the command line. Out: a frozen `Config` and the `Options` of this call. Flags win over recipes wherever they stand,
-later recipes win over earlier ones. The names Megatron users know are rewritten to fields by one table. Everything
-that is wrong is reported together, with file and line where there is one. Nothing here imports torch.
+later recipes win over earlier ones; `${NAME}` in a recipe is an environment variable. The names Megatron users know are
+rewritten to fields by one table. Everything that is wrong is reported together, with file and line. Imports no torch.
 """
 
 from __future__ import annotations
@@ -122,13 +122,15 @@ def parse(argv: Sequence[str], *, prog: str = "megawrap finetune") -> tuple[Conf
         origin.update({key: f"{path}:{lines[key]}" for key in read})
     for key, value in rest:
         values[key], origin[key] = value, f"--{key}"
+    for key in [key for key in values if not origin[key].startswith("--")]:
+        values[key] = _expanded(values[key], f"{origin[key]}: {key}", problems)
     checked, found = _typed(parser, values, origin)
     config = _build(checked)
     problems += found
     options = Options(**dict.fromkeys(switches, True))
     if not options.print_config:
-        wrong = {sentence.split()[0] for sentence in problems}
-        problems += [sentence for sentence in config.problems() if sentence.split()[0] not in wrong]
+        told = " ".join(problems) + " "
+        problems += [sentence for sentence in config.problems() if f" {sentence.split()[0]} " not in f" {told}"]
     if problems:
         raise ConfigError(_together(problems))
     return config, options
@@ -144,8 +146,7 @@ def to_yaml(config: Config) -> str:
 def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
     """Values of a YAML recipe by dotted key, the line of each key, and what is wrong with it, a sentence each.
 
-    Plain scalars follow YAML 1.2 (`1e-5` is a number, `on` is text). Tags, anchors and repeated keys are refused;
-    `${NAME}` in text becomes the environment variable NAME.
+    Plain scalars follow YAML 1.2 (`1e-5` is a number, `on` is text). Tags, anchors and repeated keys are refused.
 
     Raises:
         ConfigError: the file cannot be read, or is not YAML.
@@ -195,7 +196,7 @@ class _Recipe:
                 self._section(key, node, where)
             elif key in _types():
                 self.lines[key] = key_node.start_mark.line + 1
-                self.values[key] = self._expanded(self.constructor.construct_object(node, deep=True), f"{where}: {key}")
+                self.values[key] = self.constructor.construct_object(node, deep=True)
             else:
                 self.problems.append(f"{where}: unknown key {key}{_nearest(key)}")
 
@@ -207,18 +208,20 @@ class _Recipe:
         elif self.constructor.construct_object(node, deep=True) is not None:
             self.problems.append(f"{where}: {name} is a section; it needs fields below it, for example {_example(name)}")
 
-    def _expanded(self, value: Any, where: str) -> Any:
-        if isinstance(value, list):
-            return [self._expanded(item, where) for item in value]
-        if not isinstance(value, str):
-            return value
 
-        def replace(match: re.Match[str]) -> str:
-            if match[1] not in os.environ:
-                self.problems.append(f"{where} uses the environment variable {match[1]}, which is not set")
-            return os.environ.get(match[1], "")
+def _expanded(value: Any, where: str, problems: list[str]) -> Any:
+    """Text of a recipe with ${NAME} replaced; a field that a flag overrides never comes here."""
+    if isinstance(value, list):
+        return [_expanded(item, where, problems) for item in value]
+    if not isinstance(value, str):
+        return value
 
-        return re.sub(r"\$\{(\w+)\}", replace, value)
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            problems.append(f"{where} uses the environment variable {match[1]}, which is not set")
+        return os.environ.get(match[1], "")
+
+    return re.sub(r"\$\{(\w+)\}", replace, value)
 
 
 def _refuse_unsafe(text: str, path: str | Path) -> None:
@@ -336,6 +339,7 @@ def _build(values: dict[str, Any]) -> Config:
     return Config(**given)
 
 
+@cache
 def _parser(prog: str) -> jsonargparse.ArgumentParser:
     """The typed fields of `Config`, with their docstrings as help."""
     import jsonargparse

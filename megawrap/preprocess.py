@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megawrap.errors import EXIT_OK, DataError, MegawrapError
+from megawrap.errors import EXIT_OK, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="megawrap preprocess", description="Turn JSON lines into an indexed dataset of token ids.")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except MegawrapError as error:
-        print(f"megawrap: error: {error}", file=sys.stderr)
-        return error.exit_code
+    from megawrap.cli import Parser, run_command
+
+    def command(words: Sequence[str]) -> int:
+        parser = Parser(prog="megawrap preprocess", description="Turn JSON lines into an indexed dataset of token ids.")
+        add_arguments(parser)
+        return run(parser.parse_args(words))
+
+    return run_command(command, list(sys.argv[1:] if argv is None else argv))
 
 
 def run(args: argparse.Namespace) -> int:
