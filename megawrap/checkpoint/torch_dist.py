@@ -12,7 +12,6 @@ import json
 import math
 import pickle
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megawrap.checkpoint.manifest import MANIFEST_FILE
-from megawrap.checkpoint.untrusted import FilePart, load_plain, read_metadata, tensor_record
+from megawrap.checkpoint.untrusted import FilePart, globals_asked_for, load_plain, read_metadata, tensor_record
 from megawrap.errors import CheckpointError
 from megawrap.io import atomic_write, explain_write_errors, safe_join
 
@@ -223,8 +222,7 @@ def common_bytes(common: dict[str, Any]) -> bytes:
     """
     buffer = io.BytesIO()
     torch.save(common, buffer)
-    with torch.serialization.safe_globals([Namespace]):
-        asked = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer.getvalue()))) - {"argparse.Namespace"}
+    asked = set(globals_asked_for(buffer.getvalue())) - {"argparse.Namespace"}
     if asked:
         raise TypeError(f"common.pt may hold plain types only, not {sorted(asked)}")
     return buffer.getvalue()

@@ -8,12 +8,14 @@ that is not listed here.
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import io
 import pickle
 import re
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -134,6 +136,24 @@ def _allowed(name: str) -> tuple[Any, str] | None:
     return None
 
 
+@contextlib.contextmanager
+def _no_other_globals() -> Iterator[None]:
+    """torch's process-wide list of allowed globals, to which importing megatron-core adds, is emptied for a while."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def globals_asked_for(content: bytes) -> list[str]:
+    """Names of the globals, beyond torch's own plain ones, that loading this `torch.save` archive would need."""
+    with _no_other_globals():
+        return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+
+
 def load_plain(source: Path | bytes, name: str | None = None) -> Any:
     """What `torch.save` wrote, if it is plain types, tensors, numpy arrays and an `argparse.Namespace`.
 
@@ -149,13 +169,13 @@ def load_plain(source: Path | bytes, name: str | None = None) -> Any:
     name = name or str(source)
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-        allowed = {wanted: _allowed(wanted) for wanted in asked}
+        allowed = {wanted: _allowed(wanted) for wanted in globals_asked_for(content)}
         refused = sorted(wanted for wanted, found in allowed.items() if found is None)
         if refused:
             message = f"{name} asks to load {', '.join(refused)}, which is not plain data"
             raise CheckpointError(message, hint="The file is crafted or damaged; it was not run", corrupt=True)
-        with torch.serialization.safe_globals([found for found in allowed.values() if found is not None]):
+        with _no_other_globals():
+            torch.serialization.add_safe_globals([found for found in allowed.values() if found is not None])
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except OSError as problem:
         raise CheckpointError(f"cannot read {name}: {problem.strerror}", corrupt=isinstance(problem, FileNotFoundError)) from problem
