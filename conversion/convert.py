@@ -110,7 +110,7 @@ def convert(
     started = time.perf_counter()
     require_absent(target)
     with open_source(source_path, trust=trust, verify=verify, allow_nonfinite=allow_nonfinite) as source:
-        _require_layout(source, tp, pp)
+        require_layout(source, tp, pp)
         chosen = open_tokenizer(tokenizer, source)
         padded = _padded_rows(source, vocab_divisor, tp) if to == "torch_dist" else None
         num_bytes = sum(_num_elements(rule.megatron_shape) * source.dtypes[name].itemsize for name, rule in source.rules.items())
@@ -177,7 +177,12 @@ def _padded_rows(source: Source, divisor: int, tp: int) -> int:
     return kept if kept is not None and kept % tp == 0 else source.architecture.padded_vocab_size(divisor, tp)
 
 
-def _require_layout(source: Source, tp: int, pp: int) -> None:
+def require_layout(source: Source, tp: int, pp: int) -> None:
+    """Refuse a layout that the model cannot be cut into.
+
+    Raises:
+        ConversionError: all reasons at once.
+    """
     from megawrap.parallel import Layout
 
     if tp < 1 or pp < 1:
