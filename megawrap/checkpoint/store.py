@@ -303,25 +303,29 @@ class Store:
 
     def _step_back(self, final: Path) -> None:
         """Move a damaged directory out of the way; first the tracker, which may not name what is not there."""
-        intact = [
-            number
-            for number in _numbers(self.root)
-            if directory_name(number) != final.name and _is_whole(self.root / directory_name(number))
-        ]
+        others = [number for number in _numbers(self.root) if directory_name(number) != final.name]
+        intact = [number for number in others if self._counts(number)]
         if intact:
             _write_tracker(self.root, intact[-1])
         else:
             (self.root / TRACKER_FILE).unlink(missing_ok=True)
-        sync(self.root)
-        damaged = self.root / f"{final.name}.damaged.tmp"
-        _remove(damaged)
-        final.rename(damaged)
-        _remove(damaged)
+            sync(self.root)
+        _set_aside(final)
 
     def _finish(self, iteration: int | str) -> None:
+        """Let the tracker name the newest checkpoint; set aside damaged ones that were passed over."""
         said = _read_tracker(self.root)
-        if not (isinstance(iteration, int) and isinstance(said, int) and said > iteration and _is_whole(self.root / directory_name(said))):
+        newer = isinstance(iteration, int) and isinstance(said, int) and said > iteration and self._counts(said)
+        if not newer:
             _write_tracker(self.root, iteration)
+        for number in sorted(self._damaged - {iteration}):
+            path = self.root / directory_name(number)
+            if path.exists():
+                _set_aside(path)
+        self._damaged.clear()
+
+    def _counts(self, number: int) -> bool:
+        return number not in self._damaged and _is_whole(self.root / directory_name(number))
 
     def _surplus(self) -> list[int]:
         """Iterations older than the `keep` newest whole ones, among directories that have a manifest."""
