@@ -165,8 +165,6 @@ def choose(config: Config, *, dp: int) -> Choices:
         )
     if attention == "varlen" and precision == "fp32":
         problems.append("train.attention is varlen, which needs bf16 or fp16, but train.precision is fp32; use sdpa")
-    if precision == "fp16" and not cuda:
-        problems.append(f"train.precision is fp16, but {gpu_only}: CPUs have no fast fp16; use bf16 or fp32")
     if sequence and config.parallel.tp == 1:
         problems.append("parallel.sequence_parallel is on, but tp is 1; it splits the sequence over a tensor-parallel group")
     if overlap and not cuda:

@@ -156,12 +156,18 @@ def seed_all(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
-def stop() -> None:
-    """Leave all groups; harmless when none was started."""
-    import torch.distributed as dist
+def reset() -> None:
+    """Forget the layout and its groups, so that another can be started in the same world."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+
+
+def stop() -> None:
+    """Leave all groups; harmless when none was started."""
+    import torch.distributed as dist
+
+    reset()
     if dist.is_initialized():
         dist.destroy_process_group()
 
