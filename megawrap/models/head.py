@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
-"""Logits of one chunk of targets."""
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
+"""Logits of one chunk of targets, in the compute dtype; one chunk is one pass over the output matrix and its gradient."""
+BLOCK = {"cpu": 2**19, "cuda": 2**26}
+"""Logits that are in fp32 at a time: on CPU as many as stay in the cache, which makes their exponentials almost free."""
 _HALF_SCALE = 1024.0  # fp16 gradients of small probabilities would underflow; undone in backward
 
 
@@ -28,32 +30,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         parallel = group is not None and group.size() > 1
         needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         rows_VH = weight_VH[:real_rows]
-        chunk = max(1, LOGITS_AT_ONCE[hidden_KH.device.type] // max(1, real_rows))
+        kind, num_targets = hidden_KH.device.type, hidden_KH.size(0)
+        num_chunks = max(1, -(-num_targets * weight_VH.size(0) // LOGITS_AT_ONCE[kind]))  # padding counts: alike on all ranks
+        chunk, block = max(1, -(-num_targets // num_chunks)), max(1, BLOCK[kind] // max(1, real_rows))
         scale = _HALF_SCALE if hidden_KH.dtype == torch.float16 else 1.0
         losses, hidden_parts, grad_VH = [], [], None
         for hidden, labels, weights in zip(hidden_KH.split(chunk), labels_K.split(chunk), weights_K.split(chunk), strict=True):
-            logits = (hidden @ rows_VH.t()).float()
+            logits = hidden @ rows_VH.t()
             local, here = labels - first_row, (labels >= first_row) & (labels < first_row + real_rows)
             at = torch.where(here, local, 0).unsqueeze(1)
-            predicted = logits.gather(1, at).squeeze(1) if real_rows else torch.zeros_like(weights)
-            log_sum = torch.logsumexp(logits, dim=1)
+            predicted = logits.gather(1, at).squeeze(1).float() if real_rows else torch.zeros_like(weights)
+            log_sum = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(block)])
             if parallel:
                 log_sum, predicted = _across_ranks(log_sum, torch.where(here, predicted, 0.0), group)
             losses.append(log_sum - predicted)
             if not needs:
                 continue
-            grad = logits.sub_(log_sum.unsqueeze(1)).exp_()
-            if real_rows:
-                grad.scatter_add_(1, at, -here.float().unsqueeze(1))
-            grad = grad.mul_((weights * scale).unsqueeze(1)).to(hidden.dtype)
-            hidden_parts.append(grad @ rows_VH)
-            part = grad.t() @ hidden
+            _to_gradient(logits, log_sum, at, here, weights * scale, block)
+            hidden_parts.append(logits @ rows_VH)
+            part = logits.t() @ hidden
             grad_VH = part if grad_VH is None else grad_VH.float().add_(part)
         losses_K = torch.cat(losses)
         if needs:
             assert grad_VH is not None
-            grad_weight = torch.zeros_like(weight_VH)
-            grad_weight[:real_rows] = grad_VH
+            grad_weight = grad_VH.to(weight_VH.dtype)
+            if real_rows < weight_VH.size(0):
+                grad_weight = torch.cat([grad_weight, grad_weight.new_zeros(weight_VH.size(0) - real_rows, weight_VH.size(1))])
             ctx.save_for_backward(torch.cat(hidden_parts), grad_weight)
             ctx.group, ctx.scale = (group if parallel and reduce_hidden else None), scale
         ctx.mark_non_differentiable(losses_K)
@@ -68,6 +70,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden.is_cuda or factor != 1:
             grad_hidden, grad_weight = grad_hidden * factor, grad_weight * factor
         return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _to_gradient(
+    logits: torch.Tensor, log_sum: torch.Tensor, at: torch.Tensor, here: torch.Tensor, weights: torch.Tensor, block: int
+) -> None:
+    """Turn logits [K, V] into weights x (softmax - one-hot) in place, `block` rows at a time in fp32.
+
+    Args:
+        logits: in the compute dtype; overwritten.
+        log_sum: [K] log sum exp over the whole vocabulary.
+        at: [K, 1] column of the label, where this rank has it.
+        here: [K] whether it does.
+        weights: [K].
+        block: rows.
+    """
+    parts = (x.split(block) for x in (logits, log_sum, at, here, weights))
+    for target, total, column, has, weight in zip(*parts, strict=True):
+        grad = target.float().sub_(total.unsqueeze(1)).exp_()
+        if grad.size(1):
+            grad.scatter_add_(1, column, -has.float().unsqueeze(1))
+        target.copy_(grad.mul_(weight.unsqueeze(1)))
 
 
 def _across_ranks(log_sum: torch.Tensor, predicted: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
