@@ -83,6 +83,7 @@ class Plan:
     Attributes:
         train: endless training rows.
         groups: evaluation groups (valid and test) by name, in the order they were written.
+        valid: those of them that are evaluated while training.
         report: an account of train and of every group.
         seq_length: positions of a row.
         global_batch_size: rows of an optimizer step.
@@ -94,6 +95,7 @@ class Plan:
 
     train: Blend
     groups: dict[str, Once]
+    valid: dict[str, Once]
     report: tuple[GroupPlan, ...]
     seq_length: int
     global_batch_size: int
@@ -101,11 +103,6 @@ class Plan:
     fingerprint: str
     tokenizer: dict[str, Any] | None
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def valid(self) -> dict[str, Once]:
-        """Groups evaluated while training."""
-        return {name: rows for name, rows in self.groups.items() if name.lower().startswith("valid")}
 
     @property
     def trained_tokens_per_iteration(self) -> float:
@@ -189,6 +186,7 @@ def build(
     return Plan(
         train=train,
         groups=groups,
+        valid={group.name: groups[group.name] for group in parsed.evaluation if group.is_valid and group.name in groups},
         report=tuple(report),
         seq_length=data.seq_length,
         global_batch_size=global_batch_size,

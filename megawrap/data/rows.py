@@ -156,7 +156,6 @@ class RowDataset:
 
 def _consecutive_totals(segments: np.ndarray, supervised: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """For each run the labels of the stretch of equal supervision in one segment that it belongs to; float32."""
-    breaks = np.flatnonzero((np.diff(segments) != 0) | (np.diff(supervised.astype(np.int8)) != 0)) + 1
-    starts = np.concatenate([[0], breaks])
-    totals = np.add.reduceat(counts, starts)
-    return np.repeat(totals, np.diff(np.append(starts, len(counts)))).astype(np.float32)
+    stretch = np.zeros(len(counts), dtype=np.int64)
+    np.cumsum((segments[1:] != segments[:-1]) | (supervised[1:] != supervised[:-1]), out=stretch[1:])
+    return np.bincount(stretch, weights=counts)[stretch].astype(np.float32)

@@ -30,7 +30,7 @@ class Source:
     """A range of documents of one dataset.
 
     Attributes:
-        weight: as written; `Group.probabilities` normalises.
+        weight: as written; only the ratio to the group's others counts.
         start: fraction of the documents, included.
         end: fraction of the documents, excluded.
         prefix: path of the dataset without .bin/.idx, relative ones resolved.
@@ -57,10 +57,9 @@ class Group:
     where: str
 
     @property
-    def probabilities(self) -> list[float]:
-        """Share of packed rows drawn from each source; they sum to 1."""
-        total = sum(source.weight for source in self.sources)
-        return [source.weight / total for source in self.sources]
+    def is_valid(self) -> bool:
+        """Evaluated while training; test groups are kept for the end."""
+        return self.name.lower().startswith("valid")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,16 +78,6 @@ class Splits:
     def groups(self) -> tuple[Group, ...]:
         """Train, then the others."""
         return (self.train, *self.evaluation)
-
-    @property
-    def valid(self) -> tuple[Group, ...]:
-        """Groups evaluated while training."""
-        return tuple(group for group in self.evaluation if group.name.lower().startswith("valid"))
-
-    @property
-    def test(self) -> tuple[Group, ...]:
-        """Groups kept for the end."""
-        return tuple(group for group in self.evaluation if group.name.lower().startswith("test"))
 
 
 def parse(splits: str | Path | Sequence[str], *, base_dir: Path | None = None) -> Splits:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -280,6 +283,48 @@ def test_what_a_killed_writer_left_is_replaced(tmp_path: Path) -> None:
     _, said = load_or_pack(dataset, key_of(dataset), [tmp_path], write=True)
     assert "written to" in said and "damaged" not in said
     assert [path.name for path in (tmp_path / "d.packing").iterdir()] == [key_of(dataset).name]
+
+
+def _killed_at(call: int, dataset: IndexedDataset, folder: Path) -> bool:
+    """Write the cache in a child that is killed at its `call`-th call to the file system; False when it finished before."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **options)
+
+            return wrapped
+
+        for name in ("mkdir", "open", "fsync", "rename", "replace", "unlink", "ftruncate"):
+            setattr(os, name, deadly(getattr(os, name)))
+        np.save = deadly(np.save)  # type: ignore[assignment]
+        try:
+            load_or_pack(dataset, key_of(dataset), [folder], write=True)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.fault
+def test_a_kill_at_any_moment_leaves_the_whole_cache_or_none(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "d", samples(15, 60))
+    fresh, _ = load_or_pack(dataset, key_of(dataset), [], write=False)
+    call = 1
+    while _killed_at(call, dataset, tmp_path / f"cache{call}"):
+        again, said = load_or_pack(dataset, key_of(dataset), [tmp_path / f"cache{call}"], write=True)
+        assert same(fresh, again) and "damaged" not in said and "not written" not in said
+        assert "read from" in load_or_pack(dataset, key_of(dataset), [tmp_path / f"cache{call}"], write=False)[1]
+        left = [path.name for path in (tmp_path / f"cache{call}" / "d.packing").iterdir() if not path.name.endswith(".lock")]
+        assert left == [key_of(dataset).name]
+        call += 1
+    print(f"{call - 1} kills survived")
+    assert call > 20
 
 
 @pytest.mark.slow
