@@ -189,7 +189,8 @@ def _best_time(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, 
     import torch
 
     m, k, n = shape
-    left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # a run's own random state must not move
+    left, right = (torch.randn(rows, k, device=device, dtype=dtype, generator=generator) for rows in (m, n))
     batch = 10 if device.type == "cuda" else 1  # launches are asynchronous: time several between two synchronisations
     best, spent, repetitions = float("inf"), 0.0, -1
     while repetitions < 3 or spent < budget_s:

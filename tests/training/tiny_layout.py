@@ -69,7 +69,7 @@ def build(
     known = families.get(family)
     depth = {"gpt_bigcode": "n_layer", "llama": "num_hidden_layers"}[family]
     architecture = known.from_hf(known.tiny(**{depth: layers, "vocab_size": VOCAB}))
-    bare = gpt.build_chunks(architecture, layout, gpt.Build(precision=precision, vocab_divisor=4, recompute=recompute))
+    bare = gpt.build_chunks(architecture, layout, gpt.Build(precision=precision, padded_vocab_size=144, recompute=recompute))
     weights.fill(bare, weights.random_source(architecture, seed=3, std=0.08))
     chunks = wrap(bare, distributed=distributed, overlap=False)
     optim = OptimConfig(lr=lr, min_lr=lr)
