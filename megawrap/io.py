@@ -255,13 +255,17 @@ class DirectoryLock:
             raise self._refusal({"host": socket.gethostname(), "pid": os.getpid()})
         with explain_write_errors(self.path, error=self.error):
             descriptor = self._open()
+        ours = False
         try:
             self._displace(_lock_content(descriptor))
+            ours = True
             with explain_write_errors(self.path, error=self.error):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_own_identity()).encode(), 0)
                 os.fsync(descriptor)
         except BaseException:
+            if ours:
+                self.path.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         self._descriptor = descriptor

@@ -32,6 +32,7 @@ from megawrap.checkpoint.torch_dist import (
     METADATA_FILE,
     TorchDistReader,
     TorchDistWriter,
+    save_object,
     write_common,
     write_index,
 )
@@ -111,7 +112,7 @@ def save_state(directory: Path, state: TrainingState) -> list[str]:
         if problem is not None:
             raise problem
         states = {"layout": asdict(state.layout), "rank": collective.rank, **random_state.capture()}
-        atomic_write(directory / random_file, lambda file: torch.save(states, file))
+        atomic_write(directory / random_file, lambda file: save_object(states, file))
         return writer.entries
 
     entries = collective.gather(here, everywhere=False)

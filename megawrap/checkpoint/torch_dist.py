@@ -330,7 +330,7 @@ class TorchDistWriter:
                 self._file = open(self.path / name, "wb")  # noqa: SIM115 (stays open for the next tensor; close)
                 self.files.append(name)
             position = self._file.tell()
-            save_tensor(data, self._file)
+            save_object(data, self._file)
             return name, position, self._file.tell() - position
 
     def close(self) -> None:
@@ -390,7 +390,7 @@ def write_index(directory: Path, entries: Iterable[Entry]) -> None:
     atomic_write(directory / METADATA_FILE, pickle.dumps(metadata))
 
 
-def save_tensor(tensor: Any, file: IO[bytes]) -> None:
+def save_object(tensor: Any, file: IO[bytes]) -> None:
     """`torch.save` that lets the operating system's own error through when a write fails."""
     guard = _Remembering(file)
     try:
