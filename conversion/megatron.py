@@ -8,7 +8,6 @@ disk ([layers, ...] under a name without the index), vocabularies are padded; bo
 from __future__ import annotations
 
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from conversion.huggingface import TOKENIZER_FILES
 from conversion.source import Record, Source
 from megawrap import families
+from megawrap.checkpoint.arguments import CHECKPOINT_VERSION, megatron_arguments
 from megawrap.checkpoint.store import Checkpoint, Store
 from megawrap.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megawrap.errors import CheckpointError, ConversionError
@@ -25,6 +25,7 @@ from megawrap.io import explain_write_errors
 from megawrap.models.architecture import LAYERS, Architecture
 
 TOKENIZER_DIR = "tokenizer"
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OPTIMIZER = ("optimizer.", "chained_")
 # Linear layers whose (empty) extra state megatron-core asks for in every layer; the last one is TransformerEngine's.
 _EXTRA_STATE = (
@@ -200,11 +201,18 @@ class MegatronWriter:
             "consumed_rows": 0,
             "tokenizer": record.tokenizer,
         }
-        if record.hf_config is not None:
-            said["hf"] = {"config": record.hf_config, "generation_config": record.generation_config}
+        said |= origin(record)
         dtypes = set(self.source.dtypes.values())
-        args = megatron_arguments(architecture, self.padded_vocab_size, dtypes.pop() if len(dtypes) == 1 else torch.float32)
-        return {"args": args, "checkpoint_version": 3.0, "iteration": record.iteration, "megawrap": said}
+        precision = _PRECISIONS.get(dtypes.pop(), "fp32") if len(dtypes) == 1 else "fp32"
+        args = megatron_arguments(architecture, self.padded_vocab_size, precision)
+        return {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": record.iteration, "megawrap": said}
+
+
+def origin(record: Record) -> dict[str, Any]:
+    """What a later checkpoint of the same model keeps, so that an export gets its first config.json back."""
+    if record.hf_config is None:
+        return {}
+    return {"hf": {"config": record.hf_config, "generation_config": record.generation_config}}
 
 
 def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
@@ -216,35 +224,3 @@ def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
                 shutil.copyfile(tokenizer / name, directory / TOKENIZER_DIR / name)
         if not tokenizer.is_dir():
             shutil.copyfile(tokenizer, directory / TOKENIZER_DIR / "tokenizer.json")
-
-
-def megatron_arguments(architecture: Architecture, padded_vocab_size: int, dtype: torch.dtype) -> Namespace:
-    """The architecture under Megatron-LM's own argument names, for other tools that read common.pt."""
-    return Namespace(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        group_query_attention=architecture.num_query_groups != architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.head_dim,
-        max_position_embeddings=architecture.max_position_embeddings,
-        seq_length=architecture.max_position_embeddings,
-        vocab_size=architecture.vocab_size,
-        padded_vocab_size=padded_vocab_size,
-        position_embedding_type="learned_absolute" if architecture.position == "learned" else "rope",
-        rotary_base=architecture.rope_theta,
-        rotary_percent=1.0,
-        rotary_interleaved=False,
-        normalization="RMSNorm" if architecture.norm == "rmsnorm" else "LayerNorm",
-        norm_epsilon=architecture.norm_epsilon,
-        swiglu=architecture.gated and architecture.activation == "silu",
-        add_bias_linear=architecture.linear_bias,
-        add_qkv_bias=architecture.qkv_bias,
-        untie_embeddings_and_output_weights=not architecture.tied,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        transformer_impl="local",
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-    )

@@ -171,7 +171,7 @@ def _from_scratch(config: Config) -> Architecture:
     given = {name: getattr(config.model, name) for name in _SHAPE_FIELDS[1:] if getattr(config.model, name) is not None}
     given.setdefault("max_position_embeddings", config.data.seq_length)
     if config.model.tie_word_embeddings is not None:
-        given["tied"] = config.model.tie_word_embeddings
+        given["tie_word_embeddings"] = config.model.tie_word_embeddings
     if "vocab_size" not in given:
         if config.data.tokenizer is None:
             raise ConfigError("a model from scratch needs its vocabulary size", hint="Give data.tokenizer (or model.vocab_size).")
@@ -344,7 +344,8 @@ def _restore(
     rows = unwrap(chunks)[0].vocab_size
     state = TrainingState(
         chunks=chunks, optimizer=optimizer.megatron, architecture=architecture, padded_vocab_size=rows, layout=layout,
-        precision=choices.precision, extra={"tokenizer": plan.tokenizer or {}, "data_fingerprint": plan.fingerprint},
+        precision=choices.precision,
+        extra={"tokenizer": plan.tokenizer or {}, "data_fingerprint": plan.fingerprint, **_origin(config, start)},
     )  # fmt: skip
     checkpoint, options = start.resume or start.checkpoint, config.checkpoint
     if checkpoint is None or (start.resume is None and _weights_only(config, start)):
@@ -400,6 +401,18 @@ def _tokenizer_dir(config: Config, start: Start) -> Path | None:
 
     with open_source(origin, trust=config.checkpoint.trust, verify=False) as source:
         return source.record.tokenizer_dir
+
+
+def _origin(config: Config, start: Start) -> dict[str, Any]:
+    """The config.json the model was first imported from; it travels from checkpoint to checkpoint until the export."""
+    path = start.resume.path if start.resume is not None else start.init_from
+    if path is None:
+        return {}
+    from conversion.load import open_source
+    from conversion.megatron import origin
+
+    with open_source(path, trust=config.checkpoint.trust, verify=False) as source:
+        return origin(source.record)
 
 
 def _dtype(precision: str) -> Any:

@@ -174,10 +174,14 @@ class Family(ABC):
         """The sizes that a model from scratch must be given, with the family and the head size.
 
         Raises:
-            ConfigError: one is missing, or heads do not divide the width.
+            ConfigError: one is missing or not known, or heads do not divide the width.
         """
+        optional = ("ffn_hidden_size", "num_query_groups", "tie_word_embeddings")
         names = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
         missing = [name for name in names if given.get(name) is None]
+        unknown = sorted(set(given) - {*names, *optional})
+        if unknown:
+            raise ConfigError(f"a {self.name} model has no {', '.join(unknown)}; known are {', '.join((*names, *optional))}")
         if missing:
             raise ConfigError(f"a {self.name} model from scratch needs {', '.join(names)}; not given: {', '.join(missing)}")
         hidden, heads = given["hidden_size"], given["num_attention_heads"]

@@ -176,6 +176,8 @@ def test_defaults_from_scratch() -> None:
     assert (llama.num_query_groups, llama.ffn_hidden_size, llama.tied) == (2, 192, True)  # 8/3 x 64 = 170.7, up to 64
     with pytest.raises(ConfigError, match="not given: vocab_size"):
         families.get("llama").defaults(**{**given, "vocab_size": None})
+    with pytest.raises(ConfigError, match="has no tied; known are"):
+        families.get("llama").defaults(**given, tied=True)
     with pytest.raises(ConfigError, match="num_query_groups is 2; gpt_bigcode has 1"):
         families.get("gpt_bigcode").defaults(**given, num_query_groups=2)
 
