@@ -54,7 +54,8 @@ def _finetune(argv: list[str]) -> int:
     from megawrap import arguments
 
     _, options = arguments.parse(rest)  # a mistake is told once, before any rank exists
-    if options.print_config:
+    if options.print_config or options.dry_run:
+        os.environ["WORLD_SIZE"] = str(nproc)  # the layout is that of N ranks, told by one
         return importlib.import_module("megawrap.finetune").main(rest)
     return start("megawrap.finetune", rest, nproc)
 
