@@ -112,6 +112,9 @@ class IndexedDataset:
         if not all(present):
             there, missing = (self.bin_path, self.idx_path) if present[0] else (self.idx_path, self.bin_path)
             _damaged(missing, "file", f"missing, though {there.name} is there")
+        for path in (self.bin_path, self.idx_path):
+            if not os.access(path, os.R_OK):
+                raise DataError(f"{path}: cannot be read: permission denied", hint="Ask its owner for read permission")
 
     def _read_index(self) -> None:
         path, size = self.idx_path, self.idx_path.stat().st_size
@@ -342,7 +345,7 @@ class IndexedWriter:
                 hint="Choose another --output-prefix, or remove the files",
             )
         self._marker = self._keep(marker.open("wb"))
-        for path in (*self._temporary[:2], *self._finals[:2]):
+        for path in (*self._temporary[:2], *self._finals[:2]):  # they would be replaced in any case; this frees their space first
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 import zlib
@@ -162,12 +163,11 @@ def _check_file(name: str) -> object:
         raise DataError(f"{name}: is a directory", hint=f"Name its files, for example '{name.rstrip('/')}/*.jsonl'")
     try:
         status = os.stat(name)
-        with open(name, "rb") as stream:
-            start = stream.read(4) if status.st_size else b""
+        if stat.S_ISREG(status.st_mode):  # a pipe can be opened only once, later
+            with open(name, "rb") as stream:
+                _check_start(name, stream.read(4))
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
-    if os.path.isfile(name):  # a pipe has no size and must not be read twice
-        _check_start(name, start)
     return status.st_dev, status.st_ino
 
 
@@ -195,7 +195,10 @@ class Source:
     def __init__(self, name: str) -> None:
         self.name, self.raw_bytes, self.lines, self.finished = name, 0, 0, False
         self._digest = hashlib.sha256()
-        self._raw: IO[bytes] = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115 - closed by close()
+        try:
+            self._raw: IO[bytes] = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}") from error
         self._stream: Any = self
         if name.endswith(".gz"):
             self._stream = gzip.GzipFile(fileobj=cast(Any, self), mode="rb")

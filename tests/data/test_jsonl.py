@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,6 +391,23 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     Stdin.buffer = io.BytesIO()
     with pytest.raises(DataError, match="standard input: empty"):
         list(JsonlReader(expand(["-"]), FIELDS).batches())
+
+
+def test_named_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    names = expand([pipe])  # must not open it: that would eat the writer's first bytes
+    writer = threading.Thread(target=lambda: pipe.write_bytes(GOOD + b"\n" + GOOD))
+    writer.start()
+    assert sum(map(len, JsonlReader(names, FIELDS).batches())) == 2
+    writer.join()
+
+
+def test_file_that_goes_away(tmp_path: Path, good: Path) -> None:
+    names = expand([good])
+    good.unlink()
+    with pytest.raises(DataError, match=r"good\.jsonl: cannot be read: No such file"):
+        list(JsonlReader(names, FIELDS).batches())
 
 
 def test_extra_check_is_a_line_problem(good: Path) -> None:
