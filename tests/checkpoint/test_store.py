@@ -180,6 +180,9 @@ def test_no_verify_trusts_names_and_sizes_only(tmp_path: Path) -> None:
     assert Store(tmp_path, verify=False).latest() is not None
     with pytest.raises(CheckpointError):
         Store(tmp_path).latest()
+    os.truncate(tmp_path / "iter_0000001" / "weights.bin", 5)
+    with pytest.raises(CheckpointError, match=r"weights\.bin has 5 bytes instead of 3200"):
+        Store(tmp_path, verify=False).latest()
 
 
 def test_discarding_needs_the_lock_and_leaves_nothing(tmp_path: Path) -> None:

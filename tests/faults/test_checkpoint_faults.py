@@ -133,6 +133,16 @@ def test_a_hundred_flipped_bits_are_all_refused_by_file_name(root: Path) -> None
     assert latest is not None and latest.iteration == 20
 
 
+def test_a_flipped_bit_in_any_byte_of_the_manifest_is_refused(root: Path) -> None:
+    path, generator = root / "iter_0000020" / "manifest.json", random.Random(8)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        bit = 1 << generator.randrange(8)
+        path.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            Store(root, verify=False).latest()
+
+
 def test_flipped_bits_of_the_tracker_never_lead_to_an_older_checkpoint(root: Path) -> None:
     tracker = root / TRACKER_FILE
     content, refused = tracker.read_bytes(), 0
