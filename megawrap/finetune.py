@@ -206,7 +206,7 @@ def _plan(config: Config, architecture: Architecture, rank: int, *, alone: bool)
     made = plan.build(
         config.data.splits, config.data, config.objective, global_batch_size=config.train.global_batch_size,
         iterations=config.train.iterations, vocab_size=architecture.vocab_size, evaluate=config.eval.interval > 0,
-        build_cache=rank == 0, barrier=barrier, fallback_cache_dir=Path(config.run) / "cache",
+        build_cache=rank == 0 and not alone, barrier=barrier, fallback_cache_dir=Path(config.run) / "cache",
     )  # fmt: skip
     if config.data.tokenizer is not None and made.tokenizer is not None:
         from megawrap.data.tokenizer import Tokenizer

@@ -67,7 +67,7 @@ def _same_gradients(got: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 @pytest.mark.parametrize(("family", "layout"), CASES, ids=str)
 def test_losses_of_20_iterations_and_first_gradient_equal_the_single_process(family: str, layout: tuple[Any, ...]) -> None:
     tp, pp, vpp, dp, sequence_parallel, distributed = layout
-    layers = 4 if pp == 4 else 6
+    layers = 4 if pp * (vpp or 1) == 4 else 6
     options = {"sequence_parallel": sequence_parallel, "distributed": distributed, "layers": layers}
     expected, gradients = _single(family, layers)
     results = ranks.run(tp * pp * dp, _run, 20, family, (tp, pp, vpp, dp), options)
