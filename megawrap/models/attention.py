@@ -20,6 +20,9 @@ from megawrap.models.batch import Segments
 
 QUERY_BLOCK = 256
 """Queries that are scored at once when dropout rules the fused kernel out on CPU."""
+WIDENED_UP_TO = 256
+"""On CPU segments up to this long are attended in fp32 also when the model is bf16: PyTorch's bf16 kernel takes twice as
+long for 128 positions forward and backward and four times as long for 16; from 512 on they are equal (one core, D = 64)."""
 
 
 def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,8 +107,10 @@ class PackedAttention(MegatronModule):
             if blocked:
                 out = _dropped_attention(q, k, v, self.scale, dropout)
             else:
+                if q.device.type == "cpu" and q.element_size() < 4 and q.size(2) <= WIDENED_UP_TO:
+                    q, k, v = q.float(), k.float(), v.float()
                 out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=dropout)
-            parts.append(out.squeeze(0).transpose(0, 1))
+            parts.append(out.squeeze(0).transpose(0, 1).to(query.dtype))
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
 
 
