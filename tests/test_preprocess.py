@@ -560,6 +560,23 @@ def test_interrupt_leaves_nothing(tmp_path: Path, tokenizer: Path, many: Path, o
     assert not out.parent.exists()
 
 
+def test_failure_in_the_last_step_leaves_nothing(
+    tmp_path: Path, tokenizer: Path, many: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megawrap.data.format import IndexedWriter
+
+    original = IndexedWriter.publish
+
+    def obstructed(self: IndexedWriter) -> None:
+        out.with_name("out.idx").mkdir()  # someone else's directory takes the name: the second rename fails
+        original(self)
+
+    monkeypatch.setattr(IndexedWriter, "publish", obstructed)
+    assert run(many, tokenizer, out, "--on-bad-line", "skip") == EXIT_USAGE
+    assert "cannot write" in capsys.readouterr().err
+    assert left(out) == {"out.idx"}
+
+
 def test_counts_that_do_not_add_up_are_a_defect(tmp_path: Path, tokenizer: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The identity lines = samples + blank + empty + bad is checked in every run, not only here."""
     from megawrap.data.jsonl import JsonlReader

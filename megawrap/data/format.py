@@ -475,7 +475,8 @@ class IndexedWriter:
         """Remove everything this writer wrote and did not publish; nothing after `publish`, and harmless twice."""
         if self._open and self._temporary[2].exists():
             for path in (*self._finals[:2], *self._temporary):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what cannot be removed must not hide why the write failed, or keep the rest
+                    path.unlink(missing_ok=True)
         self._close()
         if self._made_directory:
             with contextlib.suppress(OSError):  # not empty: something else, or our own output, lives there
