@@ -103,7 +103,6 @@ class Store:
         self.keep = keep
         self.verify = verify
         self.on_corrupt = on_corrupt
-        self._damaged: set[int] = set()  # passed over by latest(); set aside by the next save
         self._lock = DirectoryLock(self.root / LOCK_FILE, error=CheckpointError)
         self._locked = False
 
@@ -138,7 +137,6 @@ class Store:
                     raise CheckpointError(damage.message, hint=damage.hint or hint, corrupt=damage.exit_code == 3) from damage
                 logger.warning("falling back from iteration %d: %s", number, damage.message)
                 problem = damage
-                self._damaged.add(number)
         if problem is not None:
             raise CheckpointError(f"no intact checkpoint is left in {self.root}; the last problem: {problem.message}", corrupt=True)
         return None
@@ -231,7 +229,7 @@ class Store:
 
         Returns:
             The checkpoint. When this iteration is there already and verifies it is kept and nothing is written; a damaged
-            one is replaced only once the new one is complete.
+            one is replaced only once the new one is complete. Newer ones, which the run has passed over, are set aside.
 
         Raises:
             CheckpointError: a rank could not write its files (path and sizes named), or another writer is active.
@@ -260,8 +258,6 @@ class Store:
         return checkpoint
 
     def _verifies(self, path: Path) -> bool:
-        if any(path.name == directory_name(number) for number in self._damaged):
-            return False
         try:
             self.collective.first(lambda: _checkpoint(path, trust=False)).verify(self.collective)
         except CheckpointError as damage:
@@ -304,28 +300,20 @@ class Store:
     def _step_back(self, final: Path) -> None:
         """Move a damaged directory out of the way; first the tracker, which may not name what is not there."""
         others = [number for number in _numbers(self.root) if directory_name(number) != final.name]
-        intact = [number for number in others if self._counts(number)]
-        if intact:
-            _write_tracker(self.root, intact[-1])
+        whole = [number for number in others if _is_whole(self.root / directory_name(number))]
+        if whole:
+            _write_tracker(self.root, whole[-1])
         else:
             (self.root / TRACKER_FILE).unlink(missing_ok=True)
             sync(self.root)
         _set_aside(final)
 
     def _finish(self, iteration: int | str) -> None:
-        """Let the tracker name the newest checkpoint; set aside damaged ones that were passed over."""
-        said = _read_tracker(self.root)
-        newer = isinstance(iteration, int) and isinstance(said, int) and said > iteration and self._counts(said)
-        if not newer:
-            _write_tracker(self.root, iteration)
-        for number in sorted(self._damaged - {iteration}):
-            path = self.root / directory_name(number)
-            if path.exists():
-                _set_aside(path)
-        self._damaged.clear()
-
-    def _counts(self, number: int) -> bool:
-        return number not in self._damaged and _is_whole(self.root / directory_name(number))
+        """Let the tracker name what was saved. Newer directories are damaged ones that were passed over: set them aside."""
+        _write_tracker(self.root, iteration)
+        for number in _numbers(self.root):
+            if isinstance(iteration, int) and number > iteration:
+                _set_aside(self.root / directory_name(number))
 
     def _surplus(self) -> list[int]:
         """Iterations older than the `keep` newest whole ones, among directories that have a manifest."""
@@ -435,10 +423,10 @@ def _leftovers(root: Path) -> list[Path]:
 
 
 def _set_aside(path: Path) -> None:
-    damaged = path.with_name(f"{path.name}.damaged")
-    logger.warning("moving the damaged %s to %s", path, damaged.name)
-    _remove(damaged)
-    path.rename(damaged)
+    aside = path.with_name(f"{path.name}.damaged")
+    logger.warning("moving %s to %s: the run went on without it", path, aside.name)
+    _remove(aside)
+    path.rename(aside)
 
 
 def _make_empty(path: Path) -> None:

@@ -156,10 +156,9 @@ def test_fallback_takes_the_newest_intact_one_and_goes_on_from_there(tmp_path: P
     (tmp_path / "iter_0000020" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"weights\.bin"):
         Store(tmp_path).latest()
-    store = Store(tmp_path, on_corrupt="fallback")
-    latest = store.latest()
+    latest = Store(tmp_path, on_corrupt="fallback").latest()
     assert latest is not None and latest.iteration == 10
-    store.save(15, writer(15))
+    save(tmp_path, 15)
     assert (tmp_path / TRACKER_FILE).read_text() == "15"
     latest = Store(tmp_path).latest()  # what was passed over is set aside, so no flag is needed any more
     assert latest is not None and latest.iteration == 15
