@@ -167,6 +167,17 @@ def test_a_live_writer_is_refused_by_host_and_process(tmp_path: Path) -> None:
         holder.wait()
 
 
+def test_a_held_lock_is_refused_whatever_its_file_says(tmp_path: Path) -> None:
+    holder = _holder(tmp_path / ".lock")
+    try:
+        _write_lock(tmp_path / ".lock", start="another boot:1")
+        with pytest.raises(MegawrapError, match="only one writer is allowed"):
+            io.DirectoryLock(tmp_path / ".lock").acquire()
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 def test_the_lock_of_a_killed_writer_is_taken_over_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holder = _holder(tmp_path / ".lock")
     holder.kill()
