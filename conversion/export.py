@@ -93,7 +93,10 @@ class HFWriter:
                 )
             config = self.config()
             _write_json(self.directory / CONFIG_FILE, config)
-            _write_json(self.directory / GENERATION_FILE, self.source.record.generation_config or _generation_config(config))
+            generation = self.source.record.generation_config
+            if generation is None or not self._ends_as(generation):
+                generation = (generation or {}) | _generation_config(config)
+            _write_json(self.directory / GENERATION_FILE, generation)
             if self.tokenizer is not None:
                 write_tokenizer(self.tokenizer, self.directory, self.source.architecture.max_position_embeddings)
             (self.directory / "README.md").write_text(self._card(), encoding="utf-8")
@@ -102,13 +105,22 @@ class HFWriter:
         """The config.json: as it was imported while the architecture is still that one, else made from the architecture."""
         source, kept = self.source, self.source.record.hf_config
         dtype = str(Counter(self._dtypes.values()).most_common(1)[0][0]).removeprefix("torch.")
-        if kept is not None and source.family.from_hf(kept) == source.architecture:
-            key = "torch_dtype" if "torch_dtype" in kept and "dtype" not in kept else "dtype"
-            return kept if kept.get(key) in (dtype, f"torch.{dtype}") else {**kept, key: dtype}
-        config = source.family.to_hf(source.architecture) | {"dtype": dtype}
-        facts = self.tokenizer.facts() if self.tokenizer is not None else source.record.tokenizer
+        if kept is None or source.family.from_hf(kept) != source.architecture:
+            return source.family.to_hf(source.architecture) | {"dtype": dtype} | self._ends()
+        key = "torch_dtype" if "torch_dtype" in kept and "dtype" not in kept else "dtype"
+        same = kept.get(key) in (dtype, f"torch.{dtype}")
+        return {**kept, **({} if same else {key: dtype}), **({} if self._ends_as(kept) else self._ends())}
+
+    def _ends(self) -> dict[str, int | None]:
+        """The token a generation ends with, and the one short sequences are filled with."""
+        facts = self.tokenizer.facts() if self.tokenizer is not None else self.source.record.tokenizer
         end, pad = facts.get("eos_id"), facts.get("pad_id")
-        return config | {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
+        return {"eos_token_id": end, "pad_token_id": end if pad is None else pad}
+
+    def _ends_as(self, config: dict[str, Any]) -> bool:
+        """Whether a kept configuration stops at the token that the model was trained to end with."""
+        end, named = self._ends()["eos_token_id"], config.get("eos_token_id")
+        return end is None or end == named or (isinstance(named, list) and end in named)
 
     def _card(self) -> str:
         source, architecture = self.source, self.source.architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,8 +47,9 @@ def logits_by_megatron(directory: Path, tp: int, pp: int, sequences: list[list[i
     from megatron.core import dist_checkpointing
 
     _, chunk = build(directory, tp, pp)
+    names = set(sharded(chunk))
     state = dist_checkpointing.load(sharded(chunk), str(directory))
-    chunk.load_state_dict(state, strict=True)
+    chunk.load_state_dict({name: value for name, value in state.items() if name in names}, strict=True)
     result = logits(chunk, sequences)
     return None if result is None else result.numpy()
 
@@ -58,6 +60,7 @@ def save_by_megatron(source: Path, target: Path, tp: int, pp: int, common: dict[
 
     opened, chunk = build(source, tp, pp)
     initialise([chunk], opened)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # it starts a process, which daemons may not
     with mock.patch.object(torch.cuda, "synchronize"):  # it synchronises a device that is not there
         dist_checkpointing.save(sharded(chunk) | common, str(target))
 

@@ -326,6 +326,21 @@ def test_tokenizer_travels_through_the_checkpoint(tmp_path: Path, originals: dic
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 
 
+def test_export_ends_where_the_model_was_trained_to(tmp_path: Path, originals: dict[str, Path]) -> None:
+    """Fine-tuned with another tokenizer than config.json knew, generation stops at the new end token."""
+    source = tmp_path / "source"
+    shutil.copytree(originals["tied"], source)
+    for name in ("config.json", "generation_config.json"):
+        edit(source / name, eos_token_id=77, pad_token_id=None)
+    convert(source, tmp_path / "hf", to="hf", tokenizer=make_tokenizer(tmp_path / "tok"))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text()).items() >= {"eos_token_id": 0, "pad_token_id": 0}.items()
+    edit(source / "config.json", eos_token_id=[77, 0])
+    edit(source / "generation_config.json", eos_token_id=[77, 0])
+    convert(source, tmp_path / "kept", to="hf", tokenizer=tmp_path / "tok")
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["eos_token_id"] == [77, 0]
+
+
 def test_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path, originals: dict[str, Path]) -> None:
     large = make_tokenizer(tmp_path / "large", size=200)
     with HFDirectory(originals["tied"]) as source:
