@@ -1,0 +1,33 @@
+"""The scorecard: what the fault and resume tests showed, printed before pytest's own last line.
+
+A test named `test_rN_...` counts one for line RN; a test that injects many faults itself says so with
+`record_property("RN", (survived, injected))`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+_NAME = re.compile(r"::test_r(\d+)_")
+_LINE = re.compile(r"R(\d+)$")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print one line per row of the scorecard that was tested."""
+    shown: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if report.when != "call":
+                continue
+            said = {int(found[1]): value for name, value in report.user_properties if (found := _LINE.match(name))}
+            if not said and (found := _NAME.search(report.nodeid)):
+                said = {int(found[1]): (int(outcome == "passed"), 1)}
+            for line, (good, of) in said.items():
+                shown[line][0] += good
+                shown[line][1] += of
+    if shown:
+        terminalreporter.section("scorecard")
+        for line, (good, of) in sorted(shown.items()):
+            terminalreporter.write_line(f"R{line:<3} {good}/{of}")
