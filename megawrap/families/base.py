@@ -7,6 +7,7 @@ only when a tensor is re-laid-out.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,14 @@ class Rule:
     def at(self, layer: int) -> Rule:
         """The rule of one layer, its names written out."""
         hf = tuple(name.replace("{layer}", str(layer)) for name in self.hf)
-        return Rule(self.megatron.replace("{layer}", str(layer)), hf, self.groups, self.rows, self.columns, self.vocab)
+        return self.changed(megatron=self.megatron.replace("{layer}", str(layer)), hf=hf)
+
+    def changed(self, **fields: Any) -> Rule:
+        """The same kind of rule with other fields (`dataclasses.replace` would call the constructor of the kind)."""
+        rule = copy.copy(self)
+        for name, value in fields.items():
+            object.__setattr__(rule, name, value)
+        return rule
 
     def from_hf(self, tensors: Sequence[Tensor]) -> Tensor:
         """Lay Hugging Face tensors (in the order of `hf`) out as the megatron tensor."""

@@ -190,3 +190,4 @@ def test_padded_vocabulary_is_a_multiple_of_divisor_times_tp() -> None:
 def test_layer_names_are_written_out() -> None:
     rule = Rule("decoder.layers.{layer}.x", ("h.{layer}.x",), 1, (3,), ())
     assert rule.at(12) == Rule("decoder.layers.12.x", ("h.12.x",), 1, (3,), ())
+    assert type(GatedMLP("decoder.layers.{layer}.y", ("g", "u"), make("llama", {})[2]).at(0)) is GatedMLP
