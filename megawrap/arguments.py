@@ -35,7 +35,6 @@ MEGATRON_FLAGS: dict[str, tuple[str, str | None]] = {
     "--sequence-parallel": ("parallel.sequence_parallel", "true"),
     "--use-distributed-optimizer": ("parallel.distributed_optimizer", "true"),
     "--overlap-grad-reduce": ("parallel.overlap", "true"),
-    "--overlap-param-gather": ("parallel.overlap", "true"),
     "--micro-batch-size": ("train.micro_batch_size", None),
     "--global-batch-size": ("train.global_batch_size", None),
     "--train-iters": ("train.iterations", None),

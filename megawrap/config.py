@@ -96,7 +96,7 @@ class ParallelConfig:
     distributed_optimizer: bool | None = None
     """Shard optimizer state over data-parallel ranks; default: on when dp > 1."""
     overlap: bool | None = None
-    """Overlap gradient reduction and parameter gathering with compute; default: on CUDA with dp > 1."""
+    """Reduce gradients over data-parallel ranks while the backward pass goes on; default: on CUDA with dp > 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,8 +167,6 @@ def choose(config: Config, *, dp: int) -> Choices:
         problems.append("train.attention is varlen, which needs bf16 or fp16, but train.precision is fp32; use sdpa")
     if sequence and config.parallel.tp == 1:
         problems.append("parallel.sequence_parallel is on, but tp is 1; it splits the sequence over a tensor-parallel group")
-    if overlap and not cuda:
-        problems.append("parallel.overlap is on, but there is no GPU to overlap with; leave it out")
     if problems:
         raise ConfigError("; ".join(problems))
     return Choices(

@@ -60,8 +60,8 @@ def test_choices_say_why() -> None:
 def test_what_the_machine_cannot_do_is_refused_together() -> None:
     with pytest.raises(ConfigError) as caught:
         device.choose(
-            _config(train=TrainConfig(layers="te", attention="varlen"), parallel=ParallelConfig(sequence_parallel=True, overlap=True)),
+            _config(train=TrainConfig(layers="te", attention="varlen"), parallel=ParallelConfig(sequence_parallel=True)),
             dp=1,
         )
-    for fact in ("train.layers is te", "train.attention is varlen", "tp is 1", "parallel.overlap is on"):
+    for fact in ("train.layers is te", "train.attention is varlen", "tp is 1"):
         assert fact in caught.value.message

@@ -6,7 +6,6 @@ In: bare model chunks and the optimizer section. Out: the chunks wrapped for mix
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,8 @@ def wrap(chunks: Sequence[Any], *, distributed: bool, overlap: bool) -> list[Any
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and distributed,
+        # Gathering parameters under the next forward pass waits in hooks of modules; the output matrix is used without one.
+        overlap_param_gather=False,
         use_distributed_optimizer=distributed,
         average_in_collective=False,
     )
@@ -46,7 +46,7 @@ class Optimizer:
         chunks: what `wrap` returned.
         config: the optim section.
         distributed: shard the state over data-parallel ranks.
-        overlap: gather parameters while the next forward pass begins.
+        overlap: reduce gradients of finished layers while the backward pass goes on.
     """
 
     def __init__(self, chunks: Sequence[Any], config: OptimConfig, *, distributed: bool, overlap: bool) -> None:
@@ -58,7 +58,7 @@ class Optimizer:
         options = OptimizerConfig(
             optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
             adam_beta2=config.beta2, adam_eps=config.eps, clip_grad=config.clip_grad, fp16=model.fp16, bf16=model.bf16,
-            params_dtype=model.params_dtype, use_distributed_optimizer=distributed, overlap_param_gather=overlap and distributed,
+            params_dtype=model.params_dtype, use_distributed_optimizer=distributed, 
             loss_scale=config.loss_scale, initial_loss_scale=2**16, log_num_zeros_in_grad=False,
         )  # fmt: skip
         self.megatron = get_megatron_optimizer(options, list(chunks))
@@ -66,17 +66,15 @@ class Optimizer:
         model.finalize_model_grads_func = finalize_model_grads
         model.grad_scale_func = self.megatron.scale_loss
         if overlap:
-            self._overlap(chunks, model, distributed)
+            self._overlap(chunks, model)
 
     @staticmethod
-    def _overlap(chunks: Sequence[Any], model: Any, distributed: bool) -> None:
+    def _overlap(chunks: Sequence[Any], model: Any) -> None:
         def one_or_list(functions: list[Any]) -> Any:
             return functions if len(functions) > 1 else functions[0]
 
         model.no_sync_func = one_or_list([chunk.no_sync for chunk in chunks])
         model.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in chunks]) if len(chunks) > 1 else None
-        if distributed and len(chunks) > 1:
-            model.param_sync_func = [functools.partial(chunk.start_param_sync) for chunk in chunks]
 
     def gradient_norm(self) -> float:
         """Unscale the finished gradients, clip them, and return their global L2 norm before clipping; not finite on overflow."""

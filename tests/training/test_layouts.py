@@ -98,6 +98,15 @@ def test_recomputed_activations_change_nothing(recompute: str) -> None:
     assert ranks.run(2, _run, 3, "llama", (2, 1, None, 1), {"layers": 2, "recompute": recompute})[0][0] == plain
 
 
+@pytest.mark.parametrize(("vpp", "pp"), [(None, 1), (2, 2)])
+def test_overlapped_gradient_reduction_changes_nothing(vpp: int | None, pp: int) -> None:
+    plain = ranks.run(2 * pp, _run, 3, "llama", (1, pp, vpp, 2), {"layers": 4, "distributed": True})[0][0]
+    options = {"layers": 4, "distributed": True, "overlap": True}
+    overlapped = ranks.run(2 * pp, _run, 3, "llama", (1, pp, vpp, 2), options)[0][0]
+    for mine, theirs in zip(overlapped, plain, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+
+
 def test_a_wrong_batch_would_be_seen() -> None:
     """The comparison has teeth: other borders between samples are off by far more than the tolerance."""
     expected, _ = _single("gpt_bigcode", 6)

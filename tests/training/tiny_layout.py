@@ -61,7 +61,8 @@ class SeededRows:
 def build(
     family: str, tp: int = 1, pp: int = 1, vpp: int | None = None, dp: int = 1, *, sequence_parallel: bool = False,
     distributed: bool = False, micro_batch_size: int = 1, global_batch_size: int = 12, precision: str = "fp32", layers: int = 6,
-    rows: SeededRows | None = None, recompute: str = "none", lr: float = 1e-3, **train: Any,
+    rows: SeededRows | None = None, recompute: str = "none", lr: float = 1e-3,
+    overlap: bool = False, **train: Any,
 ) -> Trainer:  # fmt: skip
     """A trainer on this rank."""
     layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=dp, sequence_parallel=sequence_parallel)
@@ -71,7 +72,7 @@ def build(
     architecture = known.from_hf(known.tiny(**{depth: layers, "vocab_size": VOCAB}))
     bare = gpt.build_chunks(architecture, layout, gpt.Build(precision=precision, padded_vocab_size=144, recompute=recompute))
     weights.fill(bare, weights.random_source(architecture, seed=3, std=0.08))
-    chunks = wrap(bare, distributed=distributed, overlap=False)
+    chunks = wrap(bare, distributed=distributed, overlap=overlap)
     optim = OptimConfig(lr=lr, min_lr=lr)
     options = TrainConfig(iterations=100, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size, **train)
     config = Config(run="unused", model=ModelConfig(family=family), data=DataConfig(splits="x"), optim=optim, train=options)
@@ -81,7 +82,7 @@ def build(
     )  # fmt: skip
     return Trainer(
         config=config, architecture=architecture, chunks=chunks,
-        optimizer=Optimizer(chunks, optim, distributed=distributed, overlap=False),
+        optimizer=Optimizer(chunks, optim, distributed=distributed, overlap=overlap),
         schedule=Schedule.from_config(optim, config.schedule, options), objective=objectives.get("sft"), train_loader=loader,
         eval_loaders={}, progress=Progress(), save=lambda at: None, report=lambda record: None, stop=StopRequest(),
     )  # fmt: skip
