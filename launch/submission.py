@@ -86,8 +86,11 @@ def run_here(resources: Resources, argv: Sequence[str], folder: Path) -> int:
     import submitit
 
     if resources.cluster == "debug":
-        task = job.LocalRanks(tuple(argv), resources.world)
-        return task() if resources.world > 1 else _in_this_process(argv)
+        if resources.world == 1:
+            return _in_this_process(argv)
+        with _environment():
+            job.export_local(os.environ, ROOT)
+            return job.LocalRanks(tuple(argv), resources.world)()
     make_folder(folder)
     with _environment():
         job.export_local(os.environ, ROOT)
