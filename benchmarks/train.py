@@ -7,7 +7,8 @@
 Every figure of a ratio comes from one run: windows of ours and of a peer alternate, each in a process of its own that
 sleeps while the other runs, and each ratio is the median over at least 5 such pairs with its interval. A bar inside the
 interval is reported as unresolved. On a machine that others use too, the ratio per CPU second (of all threads, least
-disturbed with --threads 1) says more than the one by the clock. Peers need `pip install accelerate trl datasets`; one that is missing is named.
+disturbed with --threads 1) says more than the one by the clock. Peers need `pip install accelerate trl datasets`; one that
+is missing is named.
 """
 
 from __future__ import annotations
