@@ -367,6 +367,11 @@ _DESCRIPTION = """Every field of a recipe is a flag, --SECTION.FIELD VALUE, and 
 users know work too; they are listed with their field. `megawrap finetune --nproc N ...` starts N ranks on this machine."""
 
 
+def field_names() -> list[str]:
+    """Dotted names of all fields of a recipe, in the order of `Config`."""
+    return list(_types())
+
+
 @cache
 def _types() -> dict[str, Any]:
     """Type of every field of a recipe by dotted key."""

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("conversion.convert:main", "Hugging Face <-> Megatron checkpoints, at any tp x pp"),
     "diff": ("conversion.diff:main", "compare the weights of two directories bit for bit"),
     "verify": ("conversion.verify:main", "prove a checkpoint against a Hugging Face directory"),
+    "completion": ("megawrap.completion:main", "a script that completes commands and flags: bash, zsh or tcsh"),
     "data plan": ("megawrap.data_plan:main", "what a recipe or a split string trains on: samples, tokens, rows"),
     "data stdlib": ("data_tools.stdlib:main", "instruction dataset from the Python standard library of this machine"),
     "data tokenizer": ("data_tools.train_tokenizer:main", "train a byte-level BPE tokenizer on JSONL"),

@@ -62,7 +62,7 @@ def test_unknown_flag_of_each_command_is_refused_in_one_line(name: str) -> None:
         (["verfy"], "verify"),
         (["data", "plann"], "data plan"),
         (["dat"], "data"),
-        (["xyz"], "Known: convert, data"),
+        (["xyz"], "Known: completion"),
     ],
 )
 def test_unknown_command_names_the_nearest(argv: list[str], near: str) -> None:
@@ -123,3 +123,22 @@ def test_parser_names_the_nearest_flag() -> None:
         parser.parse_args(["--seqlength", "3"])
     with pytest.raises(MegawrapError, match="invalid int value: 'x'"):
         parser.parse_args(["--seq-length", "x"])
+
+
+@pytest.mark.parametrize(
+    "words", ["megawrap fine", "megawrap finetune --tensor-model", "megawrap preprocess --output-p", "megawrap data pl"]
+)
+def test_bash_completes_commands_and_flags(words: str, tmp_path: Path) -> None:
+    """Bash itself is asked, through the function that the script registers."""
+    script = megawrap("completion", "bash").stdout
+    (tmp_path / "script").write_text(script)
+    ask = f"""
+source "$1"
+COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMP_LINE="{words}"; COMP_POINT=${{#COMP_LINE}}
+function=$(complete -p megawrap | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+"$function" megawrap "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD-1]}}"
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(["bash", "-c", ask, "bash", str(tmp_path / "script")], capture_output=True, text=True, timeout=60)
+    expected = {"fine": "finetune", "--tensor-model": "--tensor-model-parallel-size", "--output-p": "--output-prefix", "pl": "plan"}
+    assert done.stdout.split() == [expected[words.split()[-1]]], done.stderr

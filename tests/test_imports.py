@@ -25,7 +25,7 @@ GROUND |= STARTERS
 LAYERS = ["launch", "conversion", "megawrap.training", "megawrap.evaluation", "megawrap.objectives", "megawrap.families", "megawrap.models",
           "megawrap.data"]  # fmt: skip
 SAME_HEIGHT = {"megawrap.checkpoint": "megawrap.objectives"}
-ENTRY_POINTS = {"megawrap.preprocess", "megawrap.finetune", "megawrap.data_plan"}
+ENTRY_POINTS = {"megawrap.preprocess", "megawrap.finetune", "megawrap.data_plan", "megawrap.completion"}
 DATA_TOOLS_MAY = {"megawrap.data", *GROUND}
 CONVERSION_MAY = {"megawrap.families", "megawrap.models", "megawrap.checkpoint", "megawrap.data", *GROUND}
 
