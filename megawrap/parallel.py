@@ -6,6 +6,7 @@ groups, and this rank's place in them. The only user of megatron-core's parallel
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,6 +171,8 @@ def stop() -> None:
     reset()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Models refer to their groups in cycles; a gloo group that outlives its peers polls their closed sockets without rest.
+    gc.collect()
 
 
 def groups() -> Any:
