@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+_MAPPED_BYTES = 64 << 20  # read through one mapping before it is dropped: pages once touched would count as memory
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -51,6 +52,7 @@ class HFDirectory(Source):
         self.path = Path(path)
         self.allow_nonfinite = allow_nonfinite
         self._open: dict[Path, Any] = {}
+        self._mapped = 0
         if not self.path.is_dir():
             raise ConversionError(f"{self.path} is not a directory")
         if (self.path / ADAPTER_FILE).exists():
@@ -97,13 +99,18 @@ class HFDirectory(Source):
 
         path = self._files[name]
         try:
-            return self._handle(path).get_tensor(name)
+            tensor = self._handle(path).get_tensor(name)
+            self._mapped += tensor.nbytes
+            if self._mapped > _MAPPED_BYTES:
+                self.close()
+            return tensor
         except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
             raise ConversionError(f"{path} is damaged where {name} should be: {problem}", corrupt=True) from problem
 
     def close(self) -> None:
         """See `Source.close`."""
         self._open.clear()
+        self._mapped = 0
 
     def _handle(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open

@@ -13,6 +13,7 @@ import torch
 from conversion.load import initialise, open_source
 from conversion.parity import RankReport, check_shards, logits
 from megawrap import parallel
+from megawrap.errors import MegawrapError
 from megawrap.parallel import Layout
 
 
@@ -89,3 +90,14 @@ def many_logits(directories: list[Path], sequences: list[list[int]]) -> list[np.
 
         parallel_state.destroy_model_parallel()
     return found
+
+
+def refusal(directory: Path, other: Path) -> str:
+    """What is said when a model is to be filled from a checkpoint of another architecture."""
+    _, chunk = build(directory, 1, 1)
+    with open_source(other) as source:
+        try:
+            initialise([chunk], source)
+        except MegawrapError as problem:
+            return problem.message
+    return ""

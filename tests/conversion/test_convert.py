@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from conversion.megatron import MegatronCheckpoint
 from megawrap.checkpoint.store import Store
 from megawrap.checkpoint.torch_dist import TorchDistReader
 from megawrap.errors import MegawrapError
-from tests.conversion.models import VARIANTS, make_directory, raw_tensors, same_bits, snapshot
+from tests.conversion.models import VARIANTS, make_directory, make_model, raw_tensors, same_bits, snapshot
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -236,3 +238,42 @@ def test_hf_directory_is_read_through_the_hub_cache(tmp_path: Path) -> None:
         file.rename(blobs / str(number))
         (snap / file.name).symlink_to(Path("../../blobs") / str(number))
     assert HFDirectory(snap).num_elements == 72_736
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import conversion.export, conversion.megatron
+from conversion.convert import convert
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+before = peak()
+convert(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[3], verify=False)
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """250 MB in tensors of at most 8 MB: a mapping of 64 MiB and a few tensors are all that is ever held."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "head_dim": 64}
+    make_model("llama", **sizes).save_pretrained(tmp_path / "hf")
+    for source, target, to in (("hf", "mg", "torch_dist"), ("mg", "back", "hf")):
+        command_line = [sys.executable, "-c", MEASURED, str(tmp_path / source), str(tmp_path / target), to]
+        grown = int(subprocess.run(command_line, capture_output=True, text=True, check=True).stdout.split()[-1])
+        assert grown < (64 + 8 * 5 + 16) << 20, (to, grown)
+
+
+@pytest.mark.parametrize("module", ["convert", "diff", "verify"])
+def test_help_needs_no_torch(module: str) -> None:
+    code = f"""
+import sys
+import conversion.{module} as module
+try:
+    module.main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules and "megawrap.cli" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: megawrap {module}" in done.stdout, done.stderr

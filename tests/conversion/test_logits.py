@@ -61,6 +61,14 @@ def test_megatron_core_loads_what_we_write(tmp_path: Path, directories: dict[str
     assert np.abs(ours - transformers_logits(directories[variant], SEQUENCES)).max() <= 1e-4
 
 
+@pytest.mark.parametrize(("variant", "tp", "pp"), [("mqa", 2, 1), ("gqa-tied", 2, 2)])
+def test_megawrap_initialises_from_what_it_writes(tmp_path: Path, directories: dict[str, Path], variant: str, tp: int, pp: int) -> None:
+    """Bit for bit the model that the Hugging Face directory gives."""
+    convert(directories[variant], tmp_path / "mg", to="torch_dist", vocab_divisor=1, tp=4)
+    ours = of_last_stage(ranks.run(tp * pp, rank_tasks.logits_from, tmp_path / "mg", tp, pp, SEQUENCES))
+    assert np.array_equal(ours, of_last_stage(ranks.run(tp * pp, rank_tasks.logits_from, directories[variant], tp, pp, SEQUENCES)))
+
+
 @pytest.mark.parametrize(("variant", "tp", "pp"), [("mqa", 2, 1), ("gqa", 2, 2), ("gqa-tied", 1, 2)])
 def test_what_megatron_core_writes_is_exported(tmp_path: Path, directories: dict[str, Path], variant: str, tp: int, pp: int) -> None:
     (tmp_path / "mg").mkdir()
@@ -96,6 +104,11 @@ def test_a_drifted_replica_is_named(
     for report in ranks.run(tp * pp, rank_tasks.report, directories[variant], tp, pp, rank, parameter):
         assert any(text.startswith(f"replicas of {facts} ") and "differ between ranks" in text for text in report.problems)
         assert any(text.startswith(f"rank {rank}: {facts} ") for text in report.problems) and len(report.problems) == 2
+
+
+def test_another_architecture_is_refused(directories: dict[str, Path]) -> None:
+    (told,) = ranks.run(1, rank_tasks.refusal, directories["mqa"], directories["mqa-untied"])
+    assert told.startswith("the model and ") and told.endswith("differ in tied True against False")
 
 
 def test_a_stale_shard_is_named(directories: dict[str, Path]) -> None:
