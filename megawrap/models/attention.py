@@ -1,8 +1,9 @@
 """Attention over packed rows: every segment attends to itself alone, and no S x S mask is ever made.
 
 In: query [T, heads, D], key and value [T, groups, D] of one flat row and its `Segments`. Out: [T, heads x D].
-Kernels: PyTorch's fused attention once per segment ("sdpa", any device) or its variable-length flash kernel over the
-whole row ("varlen", CUDA). Shapes: T positions, N query heads, G key/value heads, D head width.
+Kernels: PyTorch's fused attention once per segment ("sdpa", any device; on CPU blocks of matrix products where those are
+faster) or its variable-length flash kernel over the whole row ("varlen", CUDA).
+Shapes: T positions, N query heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megawrap.models.batch import Segments
+from megawrap.models.blocked_attention import blocked_attention
 
 QUERY_BLOCK = 256
 """Queries that are scored at once when dropout rules the fused kernel out on CPU."""
 WIDENED_UP_TO = 256
 """On CPU segments up to this long are attended in fp32 also when the model is bf16: PyTorch's bf16 kernel takes twice as
-long for 128 positions forward and backward and four times as long for 16; from 512 on they are equal (one core, D = 64)."""
+long for 128 positions forward and backward, and four times as long for 16 (one core, D = 64)."""
+BLOCKED_UP_TO = 1024
+"""On CPU longer segments, up to this long, are attended by `blocked_attention`, which keeps their probabilities."""
 
 
 def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,19 +103,25 @@ class PackedAttention(MegatronModule):
 
     def _per_segment(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, dropout: float) -> torch.Tensor:
         lengths = list(segments.lengths)
-        blocked = dropout > 0 and query.device.type == "cpu"
-        grouped = query.size(1) != key.size(1)
-        parts = []
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            if blocked:
-                out = _dropped_attention(q, k, v, self.scale, dropout)
-            else:
-                if q.device.type == "cpu" and q.element_size() < 4 and q.size(2) <= WIDENED_UP_TO:
-                    q, k, v = q.float(), k.float(), v.float()
-                out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=dropout)
-            parts.append(out.squeeze(0).transpose(0, 1).to(query.dtype))
+        parts = [
+            self._segment(q, k, v, dropout) for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        ]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
+
+    def _segment(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
+        """One segment by the kernel that is fastest for its length; [S, N, D] in and out."""
+        cpu, length, dtype = query.device.type == "cpu", query.size(0), query.dtype
+        if cpu and not dropout and WIDENED_UP_TO < length <= BLOCKED_UP_TO and dtype in (torch.float32, torch.bfloat16):
+            return blocked_attention(query, key, value, self.scale)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        if cpu and dropout:
+            out = _dropped_attention(q, k, v, self.scale, dropout)
+        else:
+            if cpu and q.element_size() < 4 and length <= WIDENED_UP_TO:
+                q, k, v = q.float(), k.float(), v.float()
+            grouped = q.size(1) != k.size(1)
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=dropout)
+        return out.squeeze(0).transpose(0, 1).to(dtype)
 
 
 def _dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
