@@ -1,7 +1,7 @@
 """The scorecard: what the fault and resume tests showed, printed before pytest's own last line.
 
-A test named `test_rN_...` counts one for line RN; a test that injects many faults itself says so with
-`record_property("RN", (survived, injected))`.
+A test named `test_rN_...` counts one for line RN; one that injects many faults itself says how many it survived with
+`record_property("RN", (survived, injected))` as its last statement, and counts one failure when it does not get there.
 """
 
 from __future__ import annotations

@@ -458,25 +458,16 @@ def many(tmp_path: Path) -> Path:
 
 def trial(source: Path, tokenizer: Path, out: Path, *flags: str, **options: Any) -> dict[str, Any]:
     out.parent.mkdir(exist_ok=True)
-    argv = [
-        "--input",
-        str(source),
-        "--tokenizer",
-        str(tokenizer),
-        "--output-prefix",
-        str(out),
-        "--on-bad-line",
-        "skip",
-        "--workers",
-        "1",
-        *flags,
-    ]
+    files = ["--input", str(source), "--tokenizer", str(tokenizer), "--output-prefix", str(out)]
+    argv = [*files, "--on-bad-line", "skip", "--workers", "1", *flags]
     return {"argv": argv, "log": str(out.parent.parent / f"{out.parent.name}.log"), **options}
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("flags", [(), ("--twin-files", "targets")], ids=["single", "twins"])
-def test_kill_at_thirty_moments_then_the_same_command_again(tmp_path: Path, tokenizer: Path, many: Path, flags: tuple[str, ...]) -> None:
+def test_r6_kill_at_thirty_moments_then_the_same_command_again(
+    tmp_path: Path, tokenizer: Path, many: Path, flags: tuple[str, ...], record_property: Any
+) -> None:
     """R6 for preprocess: the rerun succeeds with no manual step and its files equal a clean run's."""
     clean = tmp_path / "clean" / "out"
     (num_events,) = run_trials([trial(many, tokenizer, clean, *flags, count=True)])
@@ -500,10 +491,11 @@ def test_kill_at_thirty_moments_then_the_same_command_again(tmp_path: Path, toke
     assert run_trials([trial(many, tokenizer, out, *flags) for out in unfinished]) == [EXIT_OK] * len(unfinished)
     for out in outs:
         assert hashes(out) == hashes(clean)
+    record_property("R6", (len(outs), len(moments)))
 
 
 @pytest.mark.fault
-def test_full_disk_at_twenty_offsets(tmp_path: Path, tokenizer: Path, many: Path) -> None:
+def test_r9_full_disk_at_twenty_offsets(tmp_path: Path, tokenizer: Path, many: Path, record_property: Any) -> None:
     """R9 for preprocess: exit code, path and sizes named, nothing left, what was there before kept."""
     clean = tmp_path / "clean" / "out"
     assert run_trials([trial(many, tokenizer, clean)]) == [EXIT_OK]
@@ -525,6 +517,7 @@ def test_full_disk_at_twenty_offsets(tmp_path: Path, tokenizer: Path, many: Path
         assert message.startswith(f"megawrap: error: cannot write {out.parent}"), message
         assert "bytes" in message or "iB" in message
         assert "Traceback" not in message
+    record_property("R9", (len(statuses), len(limits)))
 
 
 INTERRUPTED = """

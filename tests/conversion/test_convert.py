@@ -186,11 +186,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.fault
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
-def test_full_disk_leaves_nothing_behind(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_r9_full_disk_leaves_nothing_behind(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str], record_property: Any) -> None:
     source = make_directory(tmp_path / "hf", "mqa")
     before = snapshot(tmp_path)
     capsys.readouterr()
-    for limit in (10, 100, 2_000, 5_000, *range(20_000, 290_000, 45_000)):  # Python ignores SIGXFSZ, so that a write fails with EFBIG
+    limits = (10, 100, 2_000, 5_000, *range(20_000, 290_000, 45_000))
+    for limit in limits:  # Python ignores SIGXFSZ, so that a write fails with EFBIG
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
         try:
@@ -200,11 +201,14 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, to: str, capsys: pytest
         told = capsys.readouterr().err
         assert code == 2 and "megawrap: error: cannot write" in told and str(tmp_path) in told, (limit, told)
         assert snapshot(tmp_path) == before
+    record_property("R9", (len(limits), len(limits)))
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
-def test_killed_conversion_is_repeated_without_a_manual_step(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r6_killed_conversion_is_repeated_without_a_manual_step(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
     """A process that dies at tensor n leaves nothing under the final name, and the next one ends as if it had not been."""
     source = make_directory(tmp_path / "hf", "mqa")
     convert(source, tmp_path / "clean", to=to)
@@ -231,6 +235,7 @@ def test_killed_conversion_is_repeated_without_a_manual_step(tmp_path: Path, to:
         for path in (tmp_path / "clean").rglob("*"):
             assert path.is_dir() or path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "clean")).read_bytes()
         shutil.rmtree(tmp_path / "out")
+    record_property("R6", (len(victims), len(victims)))
 
 
 def test_hf_directory_is_read_through_the_hub_cache(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def with_bad_line(tmp_path: Path, line: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> None:
+def test_r17_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> None:
     line, _, facts = BAD[name]
     path = with_bad_line(tmp_path, line)
     with pytest.raises(DataError) as refused:
@@ -147,7 +147,7 @@ def test_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_line_is_skipped_and_counted(tmp_path: Path, name: str) -> None:
+def test_r17_bad_line_is_skipped_and_counted(tmp_path: Path, name: str) -> None:
     line, reason, _ = BAD[name]
     bad = BadLines("skip")
     samples, reader = read(with_bad_line(tmp_path, line), max_line_bytes=400, strict=True, bad_lines=bad)

@@ -47,13 +47,13 @@ def global_sequence(order: object, dp_size: int, micro: int, consumed: range) ->
     return batches
 
 
-@pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8])
-def test_ranks_do_not_change_the_order(tmp_path: Path, dp_size: int, micro: int) -> None:
+def test_r4_ranks_do_not_change_the_order(tmp_path: Path, dp_size: int) -> None:
     rows = rows_of(tmp_path / "d")
     order = Blend([rows], [1], seed=9)
     two_epochs = range(0, 2 * len(rows), GLOBAL)
-    found = global_sequence(order, dp_size, micro, two_epochs)
+    found = global_sequence(order, dp_size, 1, two_epochs)
+    assert found == global_sequence(order, dp_size, 2, two_epochs)
     assert found == global_sequence(order, 1, 1, two_epochs)
     flat = [row for batch in found for row in batch]
     everything = sorted(tuple(rows.row(i)["tokens"].tolist()) for i in range(len(rows)))

@@ -97,7 +97,7 @@ def test_eighteen() -> None:
 
 @pytest.mark.parametrize("mmap", [True, False], ids=["mmap", "file"])
 @pytest.mark.parametrize("name", [*MUTATIONS, *MORE])
-def test_damage_is_refused_at_open(prefix: Path, name: str, mmap: bool) -> None:
+def test_r11_damage_is_refused_at_open(prefix: Path, name: str, mmap: bool) -> None:
     IndexedDataset(prefix, mmap=mmap)  # intact before: the refusal is the mutation's doing
     change, field = (MUTATIONS | MORE)[name]
     change(prefix)
