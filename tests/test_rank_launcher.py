@@ -56,11 +56,10 @@ def launch(tmp_path: Path):
 def wait_up(folder: Path, count: int) -> dict[int, int]:
     """Process ids by rank, once `count` ranks said that they are up."""
     found: dict[int, int] = {}
-    while len(found) < count:
-        with open(folder / "fifo") as fifo:
-            for line in fifo:
-                _, rank, pid = line.split()
-                found[int(rank)] = int(pid)
+    with open(os.open(folder / "fifo", os.O_RDWR)) as fifo:  # also a writer, so that it never ends and nothing is lost in between
+        while len(found) < count:
+            _, rank, pid = fifo.readline().split()
+            found[int(rank)] = int(pid)
     return found
 
 
