@@ -47,7 +47,7 @@ def run(root: Path, mode: str) -> None:
             if mode == "again":  # a run that lost its tracker and comes by once more
                 (root / TRACKER_FILE).unlink()
                 store.save(iteration, lambda directory, iteration=iteration: write(iteration, directory))
-            if mode == "replacing":  # damage is found when the iteration is saved once more
+            if mode == "replacing" and iteration > INTERVAL:  # damage is found when the iteration is saved once more
                 os.truncate(root / f"iter_{iteration:07d}" / FILES[0], 5)
                 store.save(iteration, lambda directory, iteration=iteration: write(iteration, directory))
             print("saved", iteration, flush=True)
