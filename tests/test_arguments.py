@@ -66,7 +66,9 @@ def test_later_recipes_win(base: str, write) -> None:
 
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", "0.00001", "1.0e-5", "10.e-6", '"1e-5"'])
 def test_every_spelling_of_a_small_number(base: str, write, text: str) -> None:
-    config, _ = parse(["--config", base, "--config", write(f"optim: {{lr: {text}, min_lr: 0}}", "lr.yaml")])
+    path = write(f"optim: {{lr: {text}, min_lr: 0}}", "lr.yaml")
+    assert arguments.read_recipe(path)[0]["optim.lr"] == yaml.safe_load('"1e-5"' if '"' in text else "0.00001")
+    config, _ = parse(["--config", base, "--config", path])
     assert config.optim.lr == 1e-5 and isinstance(config.optim.min_lr, float)
 
 

@@ -72,7 +72,7 @@ def gone(pid: int) -> bool:
 
 
 def test_environment_of_each_rank(launch, tmp_path: Path) -> None:
-    program = "(folder / f'{rank}.json').write_text(json.dumps(dict(os.environ)))\nprint('rank', rank)"
+    program = "(folder / f'{rank}.json').write_text(json.dumps({**os.environ, 'group': os.getpgrp() - os.getpid()}))\nprint('rank', rank)"
     process = launch(3, program, OMP_NUM_THREADS="1")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -83,6 +83,7 @@ def test_environment_of_each_rank(launch, tmp_path: Path) -> None:
     assert {one["MASTER_ADDR"] for one in seen} == {"127.0.0.1"}
     assert len({one["MASTER_PORT"] for one in seen}) == 1
     assert {one["OMP_NUM_THREADS"] for one in seen} == {"1"}
+    assert {one["group"] for one in seen} == {0}, "a Ctrl-C of the terminal reaches a rank through the launcher alone, so once"
 
 
 def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
