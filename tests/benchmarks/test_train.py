@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,17 @@ def test_quick_run_reports_every_pair(tmp_path: Path) -> None:
     assert ("megawrap bf16", "HF packed bf16", "peak_mib") in names
     assert all(row["pairs"] >= 5 and row["low"] <= row["median"] <= row["high"] for row in case["ratios"])
     if importlib.util.find_spec("accelerate") is None:
-        assert "not installed: accelerate" in case["missing"]["HF Trainer bf16"]
+        assert "not installed: accelerate" in case["missing"]["HF Trainer bf16, padded"]
     assert all(row["at"] is None and row["verdict"] == "" for row in case["ratios"])
     assert "targets/s" in finished.stdout
 
 
-def test_fewer_than_five_pairs_are_refused() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), "--pairs", "3"]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and "--pairs is 3; a ratio needs at least 5" in refused.stderr
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(["--pairs", "3"], "--pairs is 3; a ratio needs at least 5"), (["--device", "cuda"], "--device is cuda, but there is no GPU here")],
+)
+def test_what_cannot_be_measured_is_refused(flags: list[str], sentence: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), *flags]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert refused.returncode == 2 and sentence in refused.stderr
