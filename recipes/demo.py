@@ -57,9 +57,14 @@ class Demo:
         started = time.monotonic()
         words = [sys.executable, "-m", "megawrap.cli", *command[1:]] if command[0] == "megawrap" else [sys.executable, *command[1:]]
         process = subprocess.Popen(words, stdout=subprocess.PIPE if keep else None, text=True)
-        if stop_at is not None:
-            self._stop(process, stop_at)
-        output = process.communicate()[0] or ""
+        try:
+            if stop_at is not None:
+                self._stop(process, stop_at)
+            output = process.communicate()[0] or ""
+        except BaseException:
+            process.terminate()  # nothing goes on when the demonstration is stopped
+            process.wait()
+            raise
         self.times.append((title, time.monotonic() - started))
         print(output, end="")
         print(f"({self.times[-1][1]:.1f} s, exit code {process.returncode})", flush=True)
@@ -161,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(argv).output
     folder = Path(USUAL) if folder.resolve() == (ROOT / USUAL).resolve() else folder.absolute()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     prepare(folder)
     return run(folder)
 
