@@ -40,13 +40,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             local, here = labels - first_row, (labels >= first_row) & (labels < first_row + real_rows)
             at = torch.where(here, local, 0).unsqueeze(1)
             predicted = logits.gather(1, at).squeeze(1).float() if real_rows else torch.zeros_like(weights)
-            log_sum = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(block)])
+            if parallel or not needs:
+                log_sum = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(block)])
             if parallel:
                 log_sum, predicted = _across_ranks(log_sum, torch.where(here, predicted, 0.0), group)
+            if needs:
+                log_sum = _to_gradient(logits, log_sum if parallel else None, at, here, weights * scale, block)
             losses.append(log_sum - predicted)
             if not needs:
                 continue
-            _to_gradient(logits, log_sum, at, here, weights * scale, block)
             hidden_parts.append(logits @ rows_VH)
             part = logits.t() @ hidden
             grad_VH = part if grad_VH is None else grad_VH.float().add_(part)
@@ -73,24 +75,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(
-    logits: torch.Tensor, log_sum: torch.Tensor, at: torch.Tensor, here: torch.Tensor, weights: torch.Tensor, block: int
-) -> None:
+    logits: torch.Tensor, log_sum: torch.Tensor | None, at: torch.Tensor, here: torch.Tensor, weights: torch.Tensor, block: int
+) -> torch.Tensor:
     """Turn logits [K, V] into weights x (softmax - one-hot) in place, `block` rows at a time in fp32.
 
     Args:
         logits: in the compute dtype; overwritten.
-        log_sum: [K] log sum exp over the whole vocabulary.
+        log_sum: [K] log sum exp over the whole vocabulary, or none when `logits` is the whole vocabulary.
         at: [K, 1] column of the label, where this rank has it.
         here: [K] whether it does.
         weights: [K].
         block: rows.
+
+    Returns:
+        [K] log sum exp over the whole vocabulary.
     """
-    parts = (x.split(block) for x in (logits, log_sum, at, here, weights))
-    for target, total, column, has, weight in zip(*parts, strict=True):
-        grad = target.float().sub_(total.unsqueeze(1)).exp_()
+    sums = []
+    for begin in range(0, logits.size(0), block):
+        rows = slice(begin, begin + block)
+        part = logits[rows]
+        if log_sum is None:  # one exponential a logit: the largest logit and its probability give the sum
+            grad = part.softmax(1, dtype=torch.float32)
+            sums.append(part.amax(1).float() - grad.amax(1).log())
+        else:
+            grad = part.float().sub_(log_sum[rows].unsqueeze(1)).exp_()
         if grad.size(1):
-            grad.scatter_add_(1, column, -has.float().unsqueeze(1))
-        target.copy_(grad.mul_(weight.unsqueeze(1)))
+            grad.scatter_add_(1, at[rows], -here[rows].float().unsqueeze(1))
+        part.copy_(grad.mul_(weights[rows].unsqueeze(1)))
+    return torch.cat(sums) if log_sum is None else log_sum
 
 
 def _across_ranks(log_sum: torch.Tensor, predicted: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
