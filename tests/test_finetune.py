@@ -85,7 +85,15 @@ def whole(folder: Path) -> str:
 
 
 def test_a_run_says_what_it_does_and_leaves_its_folder(folder: Path, whole: str) -> None:
-    for fact in ("tp2 pp1 dp1: 2 rank(s)", "fresh weights, seed 1234", "valid_a", "valid_b", "of positions are trained on", "finished 6 iterations"):
+    said = (
+        "tp2 pp1 dp1: 2 rank(s)",
+        "fresh weights, seed 1234",
+        "valid_a",
+        "valid_b",
+        "of positions are trained on",
+        "finished 6 iterations",
+    )
+    for fact in said:
         assert fact in whole
     run = folder / "whole"
     assert {"config.yaml", "environment.json", "logs", "checkpoints", "plots"} <= {path.name for path in run.iterdir()}
@@ -117,11 +125,14 @@ def test_a_signal_saves_and_the_same_command_ends_with_the_same_weights(folder: 
 
 
 def test_finished_run_has_nothing_to_do(folder: Path, whole: str) -> None:
-    before = sorted((path, path.stat().st_mtime_ns) for path in (folder / "whole" / "checkpoints").rglob("*") if path.is_file() and path.name != ".lock")
+    def written() -> list[tuple[Path, int]]:
+        files = (folder / "whole" / "checkpoints").rglob("*")
+        return sorted((path, path.stat().st_mtime_ns) for path in files if path.is_file() and path.name != ".lock")
+
+    before = written()
     code, output = _finetune(folder, "whole", "--parallel.tp", "2", nproc=2)
     assert code == 0 and "finished 6 iterations" in output
-    after = sorted((path, path.stat().st_mtime_ns) for path in (folder / "whole" / "checkpoints").rglob("*") if path.is_file() and path.name != ".lock")
-    assert before == after
+    assert written() == before
 
 
 def test_start_flags_apply_to_init_from_and_not_to_progress(folder: Path, whole: str) -> None:
