@@ -124,10 +124,10 @@ def start(layout: Layout, *, timeout_minutes: float = 10.0, seed: int = 1234) ->
     Raises:
         ConfigError: the world has another size than the layout.
     """
+    device.adapt()  # before megatron-core is imported anywhere: it warns while it is
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    device.adapt()
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         rank, world = world_from_environment()
