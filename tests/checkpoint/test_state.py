@@ -113,7 +113,9 @@ def saved_layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, i
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"to-tp{layout[0]}-pp{layout[1]}")
-def test_resharding_keeps_every_tensor_and_the_next_loss(layout: tuple[int, int], saved_layouts: Any, tmp_path: Path) -> None:
+def test_r3_resharding_keeps_every_tensor_and_the_next_loss(
+    layout: tuple[int, int], saved_layouts: Any, tmp_path: Path, record_property: Any
+) -> None:
     sources = [other for other in LAYOUTS if other != layout]
     directories = [saved_layouts[other][1] for other in sources]
     found = ranks.run(layout[0] * layout[1], _load_from, {"tp": layout[0], "pp": layout[1]}, directories, str(tmp_path))[0]
@@ -122,6 +124,7 @@ def test_resharding_keeps_every_tensor_and_the_next_loss(layout: tuple[int, int]
         (expected, expected_norm), (loss, norm) = saved_layouts[source][0][0], steps[0]
         assert abs(loss - expected) <= 1e-6, (source, layout)
         assert abs(norm - expected_norm) <= 1e-4
+    record_property("R3", (len(found), len(sources)))
 
 
 CHAIN = [

@@ -73,15 +73,19 @@ MODES = ["new", "again", "replacing", "pruning"]
 
 @pytest.mark.parametrize(("unit", "count"), [("lines", 2), ("effects", 6)])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(mode: str, unit: str, count: int, tmp_path: Path) -> None:
+def test_r5_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(
+    mode: str, unit: str, count: int, tmp_path: Path, record_property: Any
+) -> None:
     _kills(mode, unit, count, tmp_path)
+    record_property("R5", (count, count))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("unit", "count"), [("lines", 10), ("effects", 40)])
 @pytest.mark.parametrize("mode", MODES)
-def test_many_kills_leave_a_complete_checkpoint(mode: str, unit: str, count: int, tmp_path: Path) -> None:
+def test_r5_many_kills_leave_a_complete_checkpoint(mode: str, unit: str, count: int, tmp_path: Path, record_property: Any) -> None:
     _kills(mode, unit, count, tmp_path)
+    record_property("R5", (count, count))
 
 
 # -- R7, R8: damaged files -----------------------------------------------------------------------------------------
@@ -116,13 +120,14 @@ def _assert_refused(root: Path, name: str) -> None:
     assert fallback is not None and fallback.iteration == 10
 
 
-def test_a_hundred_flipped_bits_are_all_refused_by_file_name(root: Path) -> None:
+def test_r7_flipped_bits_are_all_refused_by_file_name(root: Path, record_property: Any) -> None:
     newest = root / "iter_0000020"
     files, generator = sorted(path for path in newest.iterdir()), random.Random(7)
     assert {".metadata", "common.pt", "manifest.json", "metadata.json", "rng_00000.pt", "__0_0.distcp", "__0_1.distcp"} <= {
         f.name for f in files
     }
-    for number in range(100):
+    flips = 100
+    for number in range(flips):
         path = files[number % len(files)]
         content = path.read_bytes()
         position, bit = generator.randrange(len(content)), 1 << generator.randrange(8)
@@ -131,6 +136,7 @@ def test_a_hundred_flipped_bits_are_all_refused_by_file_name(root: Path) -> None
         path.write_bytes(content)
     latest = Store(root).latest()
     assert latest is not None and latest.iteration == 20
+    record_property("R7", (flips, flips))
 
 
 def test_a_flipped_bit_in_any_byte_of_the_manifest_is_refused(root: Path) -> None:
@@ -159,7 +165,7 @@ def test_flipped_bits_of_the_tracker_never_lead_to_an_older_checkpoint(root: Pat
     assert refused >= 8 * len(content) - 3  # 20 -> 10 names an older one: the newest is taken all the same
 
 
-def test_every_file_deleted_cut_or_swapped_is_refused(root: Path) -> None:
+def test_r8_every_file_deleted_cut_or_swapped_is_refused(root: Path, record_property: Any) -> None:
     newest = root / "iter_0000020"
     names, cases = sorted(path.name for path in newest.iterdir()), 0
     for number, name in enumerate(names):
@@ -182,6 +188,7 @@ def test_every_file_deleted_cut_or_swapped_is_refused(root: Path) -> None:
     (newest / "more.bin").write_bytes(b"")
     _assert_refused(root, "more.bin does not belong there")
     assert cases >= 5 * len(names)
+    record_property("R8", (cases, cases))
 
 
 def test_a_whole_directory_lost_is_not_taken_for_less_progress(root: Path) -> None:
