@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -rf .venv
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,plots]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,plots,fast,sentencepiece,parquet,zstd]'
 	touch $(STAMP)
 
 test: $(STAMP)
