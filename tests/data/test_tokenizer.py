@@ -123,6 +123,21 @@ def test_end_token_is_the_one_transformers_finds(tmp_path: Path) -> None:
     assert ours.vocab_size == len(theirs)
 
 
+def test_special_texts_are_found_as_a_plain_search_finds_them(tmp_path: Path) -> None:
+    directory = write_tokenizer(tmp_path)
+    for number, word in enumerate(["<|end", "[CLS]", "<|endoftext|>x", "\u2581end"]):
+        token = {"content": word, "id": 300 + number, "special": True, "normalized": False}
+        token |= {"lstrip": False, "rstrip": False, "single_word": False}
+        edit(directory, lambda content, token=token: content["added_tokens"].append(token))
+    tokenizer = Tokenizer(directory)
+    texts = ["", "<|", "a [CLS] <|end", "<|endoftext|>x", "<|endoftext|", "\u2581end [CLS]", "plain", "[CLS", f"{PAD}{END}"]
+    expected = []
+    for index, text in enumerate(texts):
+        found = [(text.find(word), -len(word), word) for word in tokenizer.special_tokens if word in text]
+        expected += [(index, min(found)[2])] if found else []
+    assert tokenizer.special_texts(texts) == expected == [(2, "[CLS]"), (3, "<|endoftext|>x"), (4, "<|end"), (5, "\u2581end"), (8, PAD)]
+
+
 # ---- refused --------------------------------------------------------------------------------------------------------
 
 
