@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,6 +47,8 @@ MEGATRON_FLAGS: dict[str, tuple[str, str | None]] = {
     "--seq-length": ("data.seq_length", None),
     "--data-cache-path": ("data.cache_dir", None),
     "--tokenizer-model": ("data.tokenizer", None),
+    "--fim-rate": ("data.fim.rate", None),
+    "--fim-spm-rate": ("data.fim.spm_rate", None),
     "--lr": ("optim.lr", None),
     "--min-lr": ("optim.min_lr", None),
     "--weight-decay": ("optim.weight_decay", None),
@@ -191,7 +193,7 @@ class _Recipe:
             if key in seen:
                 self.problems.append(f"{where}: {key} is given twice")
             seen.add(key)
-            if not prefix and key in SECTIONS:
+            if key in _sections():
                 self._section(key, node, where)
             elif key in _types():
                 self.lines[key] = key_node.start_mark.line + 1
@@ -330,11 +332,13 @@ def _plausible(value: Any, members: tuple[Any, ...]) -> bool:
 
 
 def _build(values: dict[str, Any]) -> Config:
-    given: dict[str, Any] = {"run": values.get("run", "")}
-    hints = get_type_hints(Config)
-    for section in SECTIONS:
-        own = {key.split(".", 1)[1]: value for key, value in values.items() if key.startswith(section + ".")}
-        given[section] = hints[section](**own)
+    given: dict[str, Any] = {"run": "", **_nested(values)}
+    for section, kind in reversed(_sections().items()):  # the innermost first
+        *above, name = section.split(".")
+        holder = given
+        for outer in above:
+            holder = holder.setdefault(outer, {})
+        holder[name] = kind(**holder.get(name, {}))
     return Config(**given)
 
 
@@ -352,7 +356,7 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
     for section in SECTIONS:
         parser.add_class_arguments(get_type_hints(Config)[section], section)
     for action in parser._actions:
-        if action.dest in SECTIONS:  # jsonargparse would read a section from a file of its own; recipes are read above
+        if action.dest in _sections():  # jsonargparse would read a section from a file of its own; recipes are read above
             action.help = argparse.SUPPRESS
     by_field: dict[str, list[str]] = {}
     for flag, (key, value) in MEGATRON_FLAGS.items():
@@ -376,9 +380,24 @@ def field_names() -> list[str]:
 def _types() -> dict[str, Any]:
     """Type of every field of a recipe by dotted key."""
     found: dict[str, Any] = {"run": str}
-    hints = get_type_hints(Config)
-    for section in SECTIONS:
-        found.update({f"{section}.{name}": hint for name, hint in get_type_hints(hints[section]).items()})
+    for section, kind in _sections().items():
+        hints = get_type_hints(kind).items()
+        found.update({f"{section}.{name}": hint for name, hint in hints if not is_dataclass(hint)})
+    return found
+
+
+@cache
+def _sections() -> dict[str, type]:
+    """Dataclass of every section of a recipe by dotted key, each before the sections inside it."""
+    found: dict[str, type] = {}
+
+    def walk(kind: type, prefix: str) -> None:
+        for name, hint in get_type_hints(kind).items():
+            if is_dataclass(hint):
+                found[prefix + name] = hint  # type: ignore[assignment]
+                walk(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+    walk(Config, "")
     return found
 
 
@@ -423,15 +442,19 @@ def _nearest(given: str) -> str:
 
 
 def _example(section: str) -> str:
-    item = fields(get_type_hints(Config)[section])[0]
+    item = fields(_sections()[section])[0]
+    section = section.rpartition(".")[2]
     return f"{section}: {{{item.name}: {'...' if item.default in (MISSING, None) else item.default}}}"
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        (found.setdefault(section, {}) if section else found)[name] = value
+        *sections, name = key.split(".")
+        holder = found
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = value
     return found
 
 

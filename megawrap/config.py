@@ -13,6 +13,7 @@ from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 OverlongPolicy = Literal["truncate-inputs-left", "truncate-outputs", "split", "drop", "error"]
+PackingMode = Literal["best_fit", "none", "concat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FimConfig:
+    """Fill-in-the-middle: training samples cut at characters into prefix, middle and suffix, and put together in another order."""
+
+    rate: float = 0.0
+    """Share of training samples that are transformed, drawn anew in every epoch; evaluation never is."""
+    spm_rate: float = 0.5
+    """Share of those in the order suffix, prefix, middle; the others are prefix, suffix, middle."""
+    loss: Literal["all", "middle"] = "all"
+    """What is supervised of a transformed text: all of it, or the middle and the end token only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on, and how samples become rows."""
 
@@ -58,15 +71,22 @@ class DataConfig:
     tokenizer: str | None = None
     """tokenizer.json or Hugging Face directory; checked against the data's and exported with the model."""
     seq_length: int = 2048
-    """Tokens per packed row."""
+    """Tokens per packed row; with packing none the longest row."""
+    packing: PackingMode = "best_fit"
+    """best_fit: whole samples share rows and never see each other; none: one sample a row, padded to the longest of its
+    batch; concat: language modelling over all documents as one stream cut into rows, borders marked by the end token."""
+    pad_to_multiple: int = 1
+    """Lengths of segments in a row (packing none: of rows) are padded to a multiple of this, for kernels that want it."""
     overlong: OverlongPolicy = "truncate-inputs-left"
-    """What happens to a sample longer than a row."""
+    """What happens to a sample longer than a row; packing concat cuts every document where a row ends."""
     seed: int = 1234
-    """Seed of the order of rows and of the draw between sources."""
+    """Seed of packing, of the order of rows, of the draw between sources and of fill-in-the-middle."""
     cache_dir: str | None = None
     """Where packing indices are kept; default beside the data, or under the run when that is read-only."""
     pin_and_prefetch: bool | None = None
     """Read batches ahead in a thread and pin them; default: on CUDA."""
+    fim: FimConfig = field(default_factory=FimConfig)
+    """Fill-in-the-middle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +280,10 @@ class Config:
             check(0 <= value < 1, f"optim.{name} is {value}; it must be in [0, 1)")
         check(bool(self.run.strip()), "run is empty; give the run directory")
         check(bool(self.data.splits), "data.splits is empty; give a file or a list of weighted split strings")
+        for name in ("rate", "spm_rate"):
+            value = getattr(self.data.fim, name)
+            check(0 <= value <= 1, f"data.fim.{name} is {value}; it must be in [0, 1]")
+        found += self._packing_problems()
         check(self.optim.min_lr <= self.optim.lr, f"optim.min_lr {self.optim.min_lr} is above optim.lr {self.optim.lr}")
         check(
             self.model.init_from is not None or self.model.family is not None,
@@ -278,6 +302,19 @@ class Config:
         )
         return found
 
+    def _packing_problems(self) -> list[str]:
+        data, found = self.data, []
+        if min(data.pad_to_multiple, data.seq_length) > 0 and data.seq_length % data.pad_to_multiple:
+            found.append(f"data.seq_length {data.seq_length} is not a multiple of data.pad_to_multiple {data.pad_to_multiple}")
+        if data.fim.rate > 0 and data.packing == "concat":
+            found.append(
+                f"data.fim.rate is {data.fim.rate} with data.packing concat, where a document has no place of its own to change "
+                "its length in; use best_fit or none"
+            )
+        if data.fim.rate > 0 and data.tokenizer is None:
+            found.append(f"data.fim.rate is {data.fim.rate} without data.tokenizer; texts are cut at characters, which needs the tokenizer")
+        return found
+
 
 _POSITIVE = [
     *(("model", name) for name in (
@@ -286,7 +323,7 @@ _POSITIVE = [
     )),
     *(("parallel", name) for name in ("tp", "pp", "vpp")),
     *(("train", name) for name in ("iterations", "micro_batch_size", "global_batch_size", "timeout_minutes")),
-    ("data", "seq_length"), ("optim", "lr"), ("optim", "eps"), ("log", "interval"), ("eval", "batches"), ("optim", "loss_scale"),
+    ("data", "seq_length"), ("data", "pad_to_multiple"), ("optim", "lr"), ("optim", "eps"), ("log", "interval"), ("eval", "batches"), ("optim", "loss_scale"),
 ]  # fmt: skip
 _NOT_NEGATIVE = [
     ("optim", "min_lr"), ("optim", "weight_decay"), ("optim", "clip_grad"), ("schedule", "warmup"), ("schedule", "decay"),

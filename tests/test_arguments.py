@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
@@ -79,10 +79,14 @@ def test_megatron_flag_sets_its_field(base: str, flag: str) -> None:
     sample = {"schedule.name": "linear", "train.recompute": "full", "checkpoint.on_corrupt": "fallback"}.get(key, "4")
     if key in ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout", "optim.min_lr"):
         sample = "0.0000001"
-    config, _ = parse(["--config", base, flag, *([] if fixed else [sample])])
-    plain, _ = parse(["--config", base])
-    section, name = key.split(".")
+    sample = {"data.fim.rate": "0.25", "data.fim.spm_rate": "0.25"}.get(key, sample)
+    base_flags = ["--config", base, *(["--data.tokenizer", "t"] if key == "data.fim.rate" else [])]
+    config, _ = parse([*base_flags, flag, *([] if fixed else [sample])])
+    plain, _ = parse(base_flags)
+    section, name, *deeper = key.split(".")
     found = getattr(getattr(config, section), name)
+    for inner in deeper:
+        found = getattr(found, inner)
     expected = yaml.safe_load(fixed or sample)
     assert found == expected or found == str(expected)
     for other in SECTIONS:
@@ -95,6 +99,22 @@ def test_round_trip(base: str, write) -> None:
     config, _ = parse(["--config", base, "--lr", "1e-5", "--no-load-rng", "--data.splits", '["train: 1 0:1 a b", "valid: 1 0:1 c"]'])
     assert config.data.splits == ["train: 1 0:1 a b", "valid: 1 0:1 c"]
     assert parse(["--config", write(to_yaml(config), "again.yaml")])[0] == config
+
+
+def test_sections_inside_sections(base: str, write) -> None:
+    path = write("data: {tokenizer: t, fim: {rate: 0.5, loss: middle}}\n", "fim.yaml")
+    config, _ = parse(["--config", base, "--config", path, "--data.fim.spm_rate", "0.1"])
+    assert (config.data.fim.rate, config.data.fim.spm_rate, config.data.fim.loss) == (0.5, 0.1, "middle")
+    assert parse(["--config", write(to_yaml(config), "again.yaml")])[0] == config
+    said = refused("--config", base, "--config", write("data:\n  fim:\n    rat: 1\n", "bad.yaml"))
+    assert "bad.yaml:3: unknown key data.fim.rat" in said and "data.fim.rate" in said
+    assert "fim is a section" in refused("--config", base, "--config", write("data: {fim: 1}\n", "flat.yaml"))
+    assert "data.fim.loss" in refused("--config", base, "--data.fim.loss", "most")
+    assert "data.fim.rate is 0.5 without data.tokenizer" in refused("--config", base, "--data.fim.rate", "0.5")
+    assert "with data.packing concat" in refused("--config", base, "--data.fim.rate", "0.5", "--data.packing", "concat")
+    assert "data.fim.rate is 2.0; it must be in [0, 1]" in refused("--config", base, "--data.fim.rate", "2")
+    said = refused("--config", base, "--data.seq_length", "100", "--data.pad_to_multiple", "16")
+    assert "data.seq_length 100 is not a multiple of data.pad_to_multiple 16" in said
 
 
 def test_environment_variables(base: str, write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +217,8 @@ def test_help_shows_every_field_its_docstring_and_megatron_names(capsys: pytest.
     out = " ".join(capsys.readouterr().out.split())
     for section in SECTIONS:
         for item in fields(get_type_hints(Config)[section]):
-            assert f"--{section}.{item.name} " in out
+            assert is_dataclass(item.default_factory) or f"--{section}.{item.name} " in out
+    assert "--data.fim.rate " in out and "Share of training samples" in out
     assert "Peak learning rate." in out and "Also --tensor-model-parallel-size." in out and "--no-load-optim (false)" in out
 
 
