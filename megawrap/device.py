@@ -350,6 +350,22 @@ _SILENCED = (
 """Warnings of megatron-core that a user can do nothing about."""
 
 
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Functions that megatron-core decorates on import stay as they are: torch.compile does not pay on CPU, and the compiler
+    it would load costs every process 70 MiB and two seconds."""
+    import torch
+
+    def untouched(function: Any = None, **_: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    original, torch.compile = torch.compile, untouched
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
 def adapt() -> None:
     """Import megatron-core quietly and, when there is no GPU, replace the calls in ADAPTATIONS. Idempotent."""
     if _STATE["adapted"]:
@@ -357,13 +373,15 @@ def adapt() -> None:
     _STATE["adapted"] = True
     for category, message in _SILENCED:
         warnings.filterwarnings("ignore", message=message, category=category)
+    cpu = detect().kind == "cpu"
     logging.disable(logging.WARNING)  # a page of lines about optional packages
     try:
-        for name in ("optimizer", "pipeline_parallel", "models.gpt", "distributed", "dist_checkpointing", "tensor_parallel"):
-            importlib.import_module(f"megatron.core.{name}")
+        with _nothing_compiled() if cpu else contextlib.nullcontext():
+            for name in ("optimizer", "pipeline_parallel", "models.gpt", "distributed", "dist_checkpointing", "tensor_parallel"):
+                importlib.import_module(f"megatron.core.{name}")
     finally:
         logging.disable(logging.NOTSET)
-    if detect().kind == "cuda":
+    if not cpu:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # asynchronous tensor-parallel collectives need the order
         return
     for adaptation in ADAPTATIONS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -30,6 +32,15 @@ def test_every_adaptation_is_reached() -> None:
             for key, count in part.items():
                 hits[key] = hits.get(key, 0) + count
     assert {adaptation.key for adaptation in device.ADAPTATIONS} <= hits.keys()
+
+
+@pytest.mark.skipif(not ON_CPU, reason="there is a GPU: nothing is adapted")
+def test_no_compiler_is_loaded() -> None:
+    """megatron-core alone loads torch's compiler on import: when it no longer does, take `_nothing_compiled` out of device.py."""
+    ask = "import sys; print('torch._inductor' in sys.modules)"
+    for start, loaded in (("from megawrap import device; device.adapt()", "False"), ("import megatron.core.models.gpt", "True")):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"{start}; {ask}"], capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == loaded
 
 
 def _all_precisions() -> dict[str, int]:
