@@ -88,6 +88,24 @@ class DataConfig:
     fim: FimConfig = field(default_factory=FimConfig)
     """Fill-in-the-middle."""
 
+    def problems(self) -> list[str]:
+        """What is wrong with how samples become rows, a sentence each."""
+        found, rate = [], self.fim.rate
+        for name in ("rate", "spm_rate"):
+            value = getattr(self.fim, name)
+            if not 0 <= value <= 1:
+                found.append(f"data.fim.{name} is {value}; it must be in [0, 1]")
+        if min(self.pad_to_multiple, self.seq_length) > 0 and self.seq_length % self.pad_to_multiple:
+            found.append(f"data.seq_length {self.seq_length} is not a multiple of data.pad_to_multiple {self.pad_to_multiple}")
+        if rate > 0 and self.packing == "concat":
+            found.append(
+                f"data.fim.rate is {rate} with data.packing concat, where a document has no place of its own to change its length in; "
+                "use best_fit or none"
+            )
+        if rate > 0 and self.tokenizer is None:
+            found.append(f"data.fim.rate is {rate} without data.tokenizer; texts are cut at characters, which needs the tokenizer")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -280,10 +298,7 @@ class Config:
             check(0 <= value < 1, f"optim.{name} is {value}; it must be in [0, 1)")
         check(bool(self.run.strip()), "run is empty; give the run directory")
         check(bool(self.data.splits), "data.splits is empty; give a file or a list of weighted split strings")
-        for name in ("rate", "spm_rate"):
-            value = getattr(self.data.fim, name)
-            check(0 <= value <= 1, f"data.fim.{name} is {value}; it must be in [0, 1]")
-        found += self._packing_problems()
+        found += self.data.problems()
         check(self.optim.min_lr <= self.optim.lr, f"optim.min_lr {self.optim.min_lr} is above optim.lr {self.optim.lr}")
         check(
             self.model.init_from is not None or self.model.family is not None,
@@ -302,19 +317,6 @@ class Config:
         )
         return found
 
-    def _packing_problems(self) -> list[str]:
-        data, found = self.data, []
-        if min(data.pad_to_multiple, data.seq_length) > 0 and data.seq_length % data.pad_to_multiple:
-            found.append(f"data.seq_length {data.seq_length} is not a multiple of data.pad_to_multiple {data.pad_to_multiple}")
-        if data.fim.rate > 0 and data.packing == "concat":
-            found.append(
-                f"data.fim.rate is {data.fim.rate} with data.packing concat, where a document has no place of its own to change "
-                "its length in; use best_fit or none"
-            )
-        if data.fim.rate > 0 and data.tokenizer is None:
-            found.append(f"data.fim.rate is {data.fim.rate} without data.tokenizer; texts are cut at characters, which needs the tokenizer")
-        return found
-
 
 _POSITIVE = [
     *(("model", name) for name in (
@@ -323,7 +325,8 @@ _POSITIVE = [
     )),
     *(("parallel", name) for name in ("tp", "pp", "vpp")),
     *(("train", name) for name in ("iterations", "micro_batch_size", "global_batch_size", "timeout_minutes")),
-    ("data", "seq_length"), ("data", "pad_to_multiple"), ("optim", "lr"), ("optim", "eps"), ("log", "interval"), ("eval", "batches"), ("optim", "loss_scale"),
+    ("data", "seq_length"), ("data", "pad_to_multiple"), ("optim", "lr"), ("optim", "eps"), ("log", "interval"), ("eval", "batches"),
+    ("optim", "loss_scale"),
 ]  # fmt: skip
 _NOT_NEGATIVE = [
     ("optim", "min_lr"), ("optim", "weight_decay"), ("optim", "clip_grad"), ("schedule", "warmup"), ("schedule", "decay"),

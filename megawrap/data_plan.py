@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megawrap.config import DataConfig, ObjectiveConfig, OverlongPolicy
+from megawrap.config import DataConfig, FimConfig, ObjectiveConfig, OverlongPolicy, PackingMode
 from megawrap.data.plan import Plan, build
+from megawrap.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlong", choices=get_args(OverlongPolicy), default=data.overlong, help="samples longer than a row (%(default)s)"
     )
+    parser.add_argument("--packing", choices=get_args(PackingMode), default=data.packing, help="how samples become rows (%(default)s)")
+    parser.add_argument(
+        "--pad-to-multiple", type=_positive, default=data.pad_to_multiple, help="segments get a multiple of this (%(default)s)"
+    )
+    parser.add_argument(
+        "--fim-rate", type=float, default=data.fim.rate, help="share of samples rearranged; needs --tokenizer (%(default)s)"
+    )
+    parser.add_argument("--tokenizer", help="of the data, for --fim-rate")
     parser.add_argument("--loss-on", choices=("outputs", "all"), default=objective.loss_on, help="supervised tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=data.seed, help="seed of packing and order (%(default)s)")
     parser.add_argument("--global-batch-size", type=_positive, default=1, help="rows of an optimizer step (%(default)s)")
@@ -43,10 +52,17 @@ def run(args: argparse.Namespace) -> None:
     """Build the plan of parsed flags and print it.
 
     Raises:
+        ConfigError: the settings do not go together.
         DataError: see `megawrap.data.plan.build`.
     """
     splits = args.splits[0] if len(args.splits) == 1 else args.splits
-    data = DataConfig(splits=splits, seq_length=args.seq_length, overlong=args.overlong, seed=args.seed, cache_dir=args.cache_dir)
+    data = DataConfig(
+        splits=splits, seq_length=args.seq_length, overlong=args.overlong, seed=args.seed, cache_dir=args.cache_dir,
+        packing=args.packing, pad_to_multiple=args.pad_to_multiple, tokenizer=args.tokenizer, fim=FimConfig(rate=args.fim_rate),
+    )  # fmt: skip
+    problems = data.problems()
+    if problems:
+        raise ConfigError("; ".join(problems))
     plan = build(
         splits,
         data,

@@ -80,8 +80,8 @@ def _release(taken: int, weight: int, period: int, slack: int) -> int:
 class Blend:
     """Endless training rows of several sources, drawn in the ratio of their weights.
 
-    The j-th row drawn from a source of R rows is row j mod R of its epoch j // R; the order of an epoch depends only on
-    seed, epoch and the source's fingerprint.
+    The j-th row drawn from a source of R rows is row j mod R of its epoch j // R; the order of an epoch, and which segments
+    have traded places in it, depend only on seed, epoch and the source's fingerprint.
 
     Args:
         sources: rows of each source, none empty, all of one seq_length.
@@ -127,13 +127,17 @@ class Blend:
 
     def rows(self, numbers: np.ndarray) -> list[Row]:
         """The rows of global row numbers."""
+        return [self.sources[k].row(i, e) for k, e, i in zip(*(found.tolist() for found in self.locate(numbers)), strict=True)]
+
+    def row_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions of global rows; int64 [n]."""
         source, _, row = self.locate(numbers)
-        return [self.sources[k].row(i) for k, i in zip(source.tolist(), row.tolist(), strict=True)]
+        return _row_lengths(self.sources, source, row)
 
     def describe(self, numbers: np.ndarray) -> list[str]:
         """For each global row its dataset and documents, for messages about a batch."""
-        source, epoch, row = self.locate(numbers)
-        return [_describe(self.sources[k], i, f"epoch {e}") for k, e, i in zip(*(x.tolist() for x in (source, epoch, row)), strict=True)]
+        found = zip(*(found.tolist() for found in self.locate(numbers)), strict=True)
+        return [_describe(self.sources[k], i, f"epoch {e}", e) for k, e, i in found]
 
 
 class Once:
@@ -148,6 +152,7 @@ class Once:
     def __init__(self, sources: Sequence[RowDataset]) -> None:
         self.sources = list(sources)
         self.seq_length = sources[0].seq_length
+        self._empty = 1 if sources[0].packing.mode == "none" else self.seq_length
         counts = [len(source) for source in self.sources]
         source = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
         when = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
@@ -166,9 +171,16 @@ class Once:
         """The rows of global row numbers; past the end, rows of padding."""
         numbers = np.asarray(numbers)
         source, row = self.locate(numbers[numbers < len(self)])
-        found = [self.sources[k].row(i) for k, i in zip(source.tolist(), row.tolist(), strict=True)]
-        inside = iter(found)
-        return [next(inside) if number < len(self) else empty_row(self.seq_length) for number in numbers.tolist()]
+        inside = iter([self.sources[k].row(i) for k, i in zip(source.tolist(), row.tolist(), strict=True)])
+        return [next(inside) if number < len(self) else empty_row(self._empty) for number in numbers.tolist()]
+
+    def row_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions of global rows; int64 [n]. Rows past the end are as short as rows can be."""
+        numbers = np.asarray(numbers)
+        lengths = np.full(len(numbers), self._empty, dtype=np.int64)
+        inside = numbers < len(self)
+        lengths[inside] = _row_lengths(self.sources, *self.locate(numbers[inside]))
+        return lengths
 
     def describe(self, numbers: np.ndarray) -> list[str]:
         """For each global row its dataset and documents, for messages about a batch."""
@@ -186,5 +198,12 @@ def _rank_within(source: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _describe(rows: RowDataset, index: int, what: str) -> str:
-    return f"{rows.dataset.prefix} {what}: documents {', '.join(map(str, rows.sample_ids(index).tolist()))}"
+def _row_lengths(sources: Sequence[RowDataset], source: np.ndarray, row: np.ndarray) -> np.ndarray:
+    lengths = np.empty(len(row), dtype=np.int64)
+    for k in np.unique(source).tolist():
+        lengths[source == k] = sources[k].row_lengths(row[source == k])
+    return lengths
+
+
+def _describe(rows: RowDataset, index: int, what: str, epoch: int = 0) -> str:
+    return f"{rows.dataset.prefix} {what}: documents {', '.join(map(str, rows.sample_ids(index, epoch).tolist()))}"

@@ -15,8 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from megawrap.config import DataConfig, ObjectiveConfig
+from megawrap.config import DataConfig, ObjectiveConfig, PackingMode
 from megawrap.data.blend import Blend, Once
+from megawrap.data.fim import RESERVE, Fim
 from megawrap.data.format import IndexedDataset
 from megawrap.data.packing_cache import PackingKey, load_or_pack
 from megawrap.data.plan_table import render
@@ -36,7 +37,7 @@ class SourcePlan:
         share: of the group's rows; for training as drawn, for evaluation as there are.
         counts: the account of the range.
         rows: packed rows.
-        seq_length: positions of a row.
+        row_positions: positions of all of them, padding included; with packing none that of a row alone, not of its batch.
         epochs: times its rows are drawn in the requested iterations; 1 for evaluation.
         trained_share: of the group's trained tokens.
         fingerprint: of the dataset.
@@ -47,7 +48,7 @@ class SourcePlan:
     share: float
     counts: Counts
     rows: int
-    seq_length: int
+    row_positions: int
     epochs: float
     trained_share: float
     fingerprint: str
@@ -55,12 +56,12 @@ class SourcePlan:
     @property
     def fill(self) -> float:
         """Share of row positions that hold a sample."""
-        return self.counts.positions / (self.rows * self.seq_length) if self.rows else 0.0
+        return self.counts.positions / self.row_positions if self.rows else 0.0
 
     @property
     def trained(self) -> float:
         """Share of row positions that are trained on."""
-        return self.counts.supervised / (self.rows * self.seq_length) if self.rows else 0.0
+        return self.counts.supervised / self.row_positions if self.rows else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,8 @@ class Plan:
         groups: evaluation groups (valid and test) by name, in the order they were written.
         valid: those of them that are evaluated while training.
         report: an account of train and of every group.
-        seq_length: positions of a row.
+        seq_length: positions of a row; with packing none, of the longest.
+        packing: how samples become rows.
         global_batch_size: rows of an optimizer step.
         iterations: optimizer steps.
         fingerprint: of everything the order and content of training rows follow from; goes into checkpoints.
@@ -98,6 +100,7 @@ class Plan:
     valid: dict[str, Once]
     report: tuple[GroupPlan, ...]
     seq_length: int
+    packing: PackingMode
     global_batch_size: int
     iterations: int
     fingerprint: str
@@ -107,8 +110,12 @@ class Plan:
     @property
     def trained_tokens_per_iteration(self) -> float:
         """Supervised tokens of an average global batch."""
-        sources = self.report[0].sources
-        return self.global_batch_size * self.seq_length * sum(source.share * source.trained for source in sources)
+        return self.global_batch_size * sum(source.share * source.counts.supervised / source.rows for source in self.report[0].sources)
+
+    @property
+    def positions_per_iteration(self) -> float:
+        """Positions of an average global batch, without what packing none adds to make the rows of a micro-batch equal."""
+        return self.global_batch_size * sum(source.share * source.row_positions / source.rows for source in self.report[0].sources)
 
     def table(self) -> str:
         """The plan for a terminal."""
@@ -127,7 +134,10 @@ class Plan:
             }
             for group in self.report
         ]
-        names = ("seq_length", "global_batch_size", "iterations", "fingerprint", "tokenizer", "trained_tokens_per_iteration", "notes")
+        names = (
+            "seq_length", "packing", "global_batch_size", "iterations", "fingerprint", "tokenizer", "trained_tokens_per_iteration",
+            "positions_per_iteration", "notes",
+        )  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, "groups": groups}
 
 
@@ -147,31 +157,32 @@ def build(
     """Open, check, pack and count all data of a run.
 
     With several ranks all call this: one with build_cache=True, the others with False, all with the same barrier. The
-    others wait at the barrier until the caches are written. It is passed on errors too, which every rank then finds.
+    others wait at the barrier until the caches are written, and then map them; where they do not see them (a cache directory
+    of their own host), one of them builds while the rest wait. The barrier is passed on errors too, which every rank then finds.
 
     Args:
         splits: file, strings, or what `megawrap.data.splits.parse` made of them.
-        data: seq_length, overlong, seed and cache_dir are used.
+        data: everything but splits is used.
         objective: loss_on and normalize are used.
         global_batch_size: rows of an optimizer step.
         iterations: optimizer steps, for the epochs of the table.
         vocab_size: of the model; token ids must be below. None: of the data's tokenizer.
         evaluate: False allows empty evaluation groups; they are left out with a note.
-        build_cache: write packings to disk; False only reads them.
+        build_cache: write packings to disk; False without a barrier only reads them.
         barrier: waits for all ranks.
         fallback_cache_dir: where packings go when the directory of the data cannot be written.
 
     Raises:
         DataError: damaged or missing data, empty groups, fewer rows than a global batch, nothing to train on, another
-            tokenizer than the model's or than that of another source.
+            tokenizer than the model's or than that of another source, fill-in-the-middle without tokens for it.
     """
-    builder = _Builder(data, objective, vocab_size, build_cache, fallback_cache_dir)
+    builder = _Builder(data, objective, vocab_size, build_cache or barrier is not None, fallback_cache_dir)
     if barrier is not None and not build_cache:
         barrier()
     try:
         parsed = splits if isinstance(splits, Splits) else parse(splits)
         builder.open(parsed)
-        rows = {group.name: [builder.rows(source) for source in group.sources] for group in parsed.groups}
+        rows = {group.name: [builder.rows(source, train=group is parsed.train) for source in group.sources] for group in parsed.groups}
     finally:
         if barrier is not None and build_cache:
             barrier()
@@ -182,16 +193,18 @@ def build(
     for group in parsed.evaluation:
         counts = [len(source) for source in rows[group.name]]
         report.append(_report(group, rows[group.name], builder, [count / max(1, sum(counts)) for count in counts], None))
-    keys = [asdict(builder.key(source)) for source in parsed.train.sources]
+    keys = [asdict(builder.key(source, train=True)) for source in parsed.train.sources]
+    order = [keys, train.weights, data.seed, *([asdict(data.fim), builder.tokenizer] if data.fim.rate > 0 else [])]
     return Plan(
         train=train,
         groups=groups,
         valid={group.name: groups[group.name] for group in parsed.evaluation if group.is_valid and group.name in groups},
         report=tuple(report),
         seq_length=data.seq_length,
+        packing=data.packing,
         global_batch_size=global_batch_size,
         iterations=iterations,
-        fingerprint=hashlib.sha256(json.dumps([keys, train.weights, data.seed], sort_keys=True).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest(),
         tokenizer=builder.tokenizer,
         notes=builder.notes,
     )
@@ -210,6 +223,7 @@ class _Builder:
         self.fallback_cache_dir = fallback_cache_dir
         self.datasets: dict[str, IndexedDataset] = {}
         self.tokenizer: dict[str, Any] | None = None
+        self.fim: Fim | None = None
         self.notes: list[str] = []
 
     def dataset(self, source: Source) -> IndexedDataset:
@@ -233,6 +247,30 @@ class _Builder:
             raise found[0]
         self._check_tokenizers()
         self._check_copies(splits)
+        self._check_borders()
+        if self.data.fim.rate > 0:
+            self._start_fim()
+
+    def _check_borders(self) -> None:
+        for dataset in self.datasets.values() if self.data.packing == "concat" else ():
+            if (dataset.manifest or {}).get("options", {}).get("append_eod") is not True:
+                self.notes.append(
+                    f"{dataset.prefix} is not known to end its documents with an end token; packing concat joins them without"
+                )
+
+    def _start_fim(self) -> None:
+        from megawrap.data.tokenizer import Tokenizer
+
+        if self.data.tokenizer is None:
+            raise DataError("data.fim.rate is above 0 without data.tokenizer", hint="Name the tokenizer the data was made with")
+        tokenizer = Tokenizer(self.data.tokenizer)
+        used = (self.tokenizer or {}).get("sha256")
+        if used is not None and used != tokenizer.sha256:
+            raise DataError(
+                f"data.tokenizer {self.data.tokenizer} has sha256 {tokenizer.sha256[:12]}, the data was made with {used[:12]}",
+                hint="Fill-in-the-middle cuts texts of the data: name the tokenizer it was made with",
+            )
+        self.fim = Fim(self.data.fim, tokenizer, seed=self.data.seed, name=str(self.data.tokenizer), vocab_size=self.vocab_size)
 
     def _check_tokenizers(self) -> None:
         named: dict[str, IndexedDataset] = {}
@@ -271,7 +309,7 @@ class _Builder:
                             hint="Give the two groups ranges that do not overlap",
                         )
 
-    def key(self, source: Source) -> PackingKey:
+    def key(self, source: Source, *, train: bool) -> PackingKey:
         """What the packing of a source follows from."""
         dataset = self.dataset(source)
         first, last = source.documents(dataset.num_documents)
@@ -283,15 +321,18 @@ class _Builder:
             overlong=self.data.overlong,
             loss_on=self.objective.loss_on,
             seed=self.data.seed,
+            packing=self.data.packing,
+            pad_to_multiple=self.data.pad_to_multiple,
+            reserve=RESERVE if train and self.data.fim.rate > 0 else 0,
         )
 
-    def rows(self, source: Source) -> RowDataset:
-        """Packed rows of a source."""
+    def rows(self, source: Source, *, train: bool) -> RowDataset:
+        """Packed rows of a source; only those that are trained on change from epoch to epoch."""
         dataset = self.dataset(source)
         folders = [Path(self.data.cache_dir)] if self.data.cache_dir else [source.prefix.parent]
         if self.fallback_cache_dir is not None:
             folders.append(self.fallback_cache_dir)
-        packing, note = load_or_pack(dataset, self.key(source), folders, write=self.build_cache)
+        packing, note = load_or_pack(dataset, self.key(source, train=train), folders, write=self.build_cache)
         self.notes.append(note)
         return RowDataset(
             dataset,
@@ -300,6 +341,8 @@ class _Builder:
             loss_on=self.objective.loss_on,
             normalize=self.objective.normalize,
             vocab_size=self.vocab_size,
+            seed=self.data.seed if train else None,
+            fim=self.fim if train else None,
         )
 
 
@@ -324,11 +367,11 @@ def _refuse_little(train: Group, rows: list[RowDataset], global_batch_size: int)
     for source, source_rows in zip(train.sources, rows, strict=True):
         if len(source_rows) == 0:
             _refuse_empty(train, source, source_rows)
-    total = sum(len(source_rows) for source_rows in rows)
+    total, at_most = sum(len(source_rows) for source_rows in rows), "at most " if rows[0].packing.mode == "none" else ""
     if total < global_batch_size:
         raise DataError(
-            f"the train group packs into {total} row{'s' * (total != 1)} of {rows[0].seq_length} positions, fewer than one global batch"
-            f" of {global_batch_size}",
+            f"the train group packs into {total} row{'s' * (total != 1)} of {at_most}{rows[0].seq_length} positions, fewer than one"
+            f" global batch of {global_batch_size}",
             hint="Lower train.global_batch_size or data.seq_length, or add data",
         )
 
@@ -359,7 +402,7 @@ def _report(group: Group, rows: list[RowDataset], builder: _Builder, shares: lis
                 share=shares[number],
                 counts=counts[number],
                 rows=len(source_rows),
-                seq_length=source_rows.seq_length,
+                row_positions=source_rows.total_positions,
                 epochs=1.0 if drawn is None else drawn * shares[number] / len(source_rows),
                 trained_share=density[number] / (sum(density) or 1.0),
                 fingerprint=builder.dataset(source).fingerprint,

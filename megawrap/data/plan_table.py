@@ -84,9 +84,13 @@ def _losses(plan: Plan, names: dict[Path, str]) -> list[str]:
 
 def _arithmetic(plan: Plan) -> list[str]:
     batch, rows = plan.global_batch_size, plan.global_batch_size * plan.iterations
-    trained = plan.trained_tokens_per_iteration
+    trained, positions = plan.trained_tokens_per_iteration, plan.positions_per_iteration
+    if plan.packing == "none":
+        size = f"{batch:,} rows of at most {plan.seq_length:,} and on average {positions / batch:,.1f} positions = about {positions:,.0f}"
+        padding = "; micro-batches are padded to their longest row"
+    else:
+        size, padding = f"{batch:,} rows x {plan.seq_length:,} positions = {batch * plan.seq_length:,}", ""
     return [
-        f"global batch: {batch:,} rows x {plan.seq_length:,} positions = {batch * plan.seq_length:,},"
-        f" of which about {trained:,.0f} ({100 * trained / (batch * plan.seq_length):.1f} %) are trained on",
+        f"global batch: {size}, of which about {trained:,.0f} ({100 * trained / positions:.1f} %) are trained on{padding}",
         f"run: {plan.iterations:,} iterations = {rows:,} rows, about {trained * plan.iterations:,.0f} trained tokens",
     ]

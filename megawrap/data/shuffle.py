@@ -35,6 +35,14 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values
 
 
+def mixed(key: int, number: int) -> np.ndarray:
+    """The first `number` outputs of splitmix64 for a key; uint64 [number]."""
+    values = np.arange(1, number + 1, dtype=np.uint64)
+    values *= np.uint64(_GOLDEN)
+    values += np.uint64(key & _MASK)
+    return _mix(values)
+
+
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where a keyed permutation of range(size) takes `indices`, in memory of the indices alone.
 
