@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("conversion.verify:main", "prove a checkpoint against a Hugging Face directory"),
     "completion": ("megawrap.completion:main", "a script that completes commands and flags: bash, zsh or tcsh"),
     "data plan": ("megawrap.data_plan:main", "what a recipe or a split string trains on: samples, tokens, rows"),
+    "data inspect": ("megawrap.data_inspect:main", "samples, rows and batches as they are trained on, and statistics"),
+    "data verify": ("megawrap.data_verify:main", "read every byte of a dataset again, against its manifest"),
+    "data merge": ("megawrap.data_merge:main", "several datasets, or twin files, as one, without tokenizing again"),
+    "data cut": ("megawrap.data_cut:main", "a range of the documents of a dataset as a dataset of its own"),
     "data stdlib": ("data_tools.stdlib:main", "instruction dataset from the Python standard library of this machine"),
     "data tokenizer": ("data_tools.train_tokenizer:main", "train a byte-level BPE tokenizer on JSONL"),
     "data unigram": ("data_tools.unigram:main", "entropy of validation outputs under the training counts"),
@@ -108,8 +112,8 @@ def _dispatch(argv: list[str]) -> int:
         print(_help(argv[0]))
         return EXIT_OK if len(argv) > 1 else EXIT_USAGE
     if name not in COMMANDS:
-        known = [other for other in COMMANDS if words == 1 or other.startswith(argv[0] + " ")]
-        raise unknown("command", name, sorted({*known, *(groups if words == 1 else ())}))
+        known = {other.split()[0] if words == 1 else other for other in COMMANDS if words == 1 or other.startswith(argv[0] + " ")}
+        raise unknown("command", name, sorted(known))
     module, function = COMMANDS[name][0].split(":")
     return getattr(importlib.import_module(module), function)(argv[words:])
 

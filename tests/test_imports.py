@@ -25,13 +25,15 @@ GROUND |= STARTERS
 LAYERS = ["launch", "conversion", "megawrap.training", "megawrap.evaluation", "megawrap.objectives", "megawrap.families", "megawrap.models",
           "megawrap.data"]  # fmt: skip
 SAME_HEIGHT = {"megawrap.checkpoint": "megawrap.objectives"}
-ENTRY_POINTS = {"megawrap.preprocess", "megawrap.finetune", "megawrap.data_plan", "megawrap.completion"}
+ENTRY_POINTS = {"megawrap.preprocess", "megawrap.finetune", "megawrap.data_plan", "megawrap.completion", "megawrap.data_inspect",
+                "megawrap.data_verify", "megawrap.data_merge", "megawrap.data_cut"}  # fmt: skip
 DATA_TOOLS_MAY = {"megawrap.data", *GROUND}
 CONVERSION_MAY = {"megawrap.families", "megawrap.models", "megawrap.checkpoint", "megawrap.data", *GROUND}
 
 HEAVY = ("torch", "megatron", "transformers", "safetensors.torch")
 STARTS_FAST = ("megawrap.errors", "megawrap.config", "megawrap.io", "megawrap.cli", "megawrap.arguments", "megawrap.preprocess",
-               "megawrap.data_plan", "megawrap.ranks", "megawrap.data", "launch", "data_tools")  # fmt: skip
+               "megawrap.data_plan", "megawrap.data_inspect", "megawrap.data_verify", "megawrap.data_merge",
+               "megawrap.data_cut", "megawrap.ranks", "megawrap.data", "launch", "data_tools")  # fmt: skip
 
 
 def module_name(path: Path) -> str:

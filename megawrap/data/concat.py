@@ -44,26 +44,20 @@ def document_blocks(
     """
     stop = dataset.num_documents if stop is None else stop
     itemsize = dataset.dtype.itemsize
-    with dataset.bin_path.open("rb") as stream:
-        at = first
-        while at < stop:
-            sequences = dataset.document_indices[at : min(stop, at + BLOCK_DOCUMENTS) + 1]
-            offset = _token_offset(dataset, int(sequences[0]))
-            if _token_offset(dataset, int(sequences[-1])) - offset > block_tokens:
-                ends = dataset.pointers[np.minimum(sequences[1:], dataset.num_sequences - 1)] // itemsize
-                ends = np.where(sequences[1:] == dataset.num_sequences, dataset.num_tokens, ends)
-                sequences = sequences[: max(1, int(np.searchsorted(ends, offset + block_tokens, side="right"))) + 1]
-            low, high = int(sequences[0]), int(sequences[-1])
-            end = _token_offset(dataset, high)
-            stream.seek(offset * itemsize)
-            tokens = np.fromfile(stream, dtype=dataset.dtype, count=end - offset)
-            if len(tokens) != end - offset:
-                raise DataError(
-                    f"{dataset.bin_path}: {end - offset} tokens at {offset} were there at open, {len(tokens)} are now", corrupt=True
-                )
-            modes = None if dataset.modes is None else dataset.modes[low:high]
-            yield Block(tokens, dataset.lengths[low:high], np.diff(sequences), modes)
-            at += len(sequences) - 1
+    at = first
+    while at < stop:
+        sequences = dataset.document_indices[at : min(stop, at + BLOCK_DOCUMENTS) + 1]
+        offset = _token_offset(dataset, int(sequences[0]))
+        if _token_offset(dataset, int(sequences[-1])) - offset > block_tokens:
+            ends = dataset.pointers[np.minimum(sequences[1:], dataset.num_sequences - 1)] // itemsize
+            ends = np.where(sequences[1:] == dataset.num_sequences, dataset.num_tokens, ends)
+            sequences = sequences[: max(1, int(np.searchsorted(ends, offset + block_tokens, side="right"))) + 1]
+        low, high = int(sequences[0]), int(sequences[-1])
+        end = _token_offset(dataset, high)
+        tokens = dataset.read(offset, end - offset)
+        modes = None if dataset.modes is None else dataset.modes[low:high]
+        yield Block(tokens, dataset.lengths[low:high], np.diff(sequences), modes)
+        at += len(sequences) - 1
 
 
 def _token_offset(dataset: IndexedDataset, sequence: int) -> int:
@@ -115,9 +109,9 @@ def require_alike(one: IndexedDataset, other: IndexedDataset) -> None:
             f"{with_modes.prefix} says which sequences are trained, {without.prefix} does not: they cannot be one dataset",
             hint="Preprocess both with megawrap, or neither",
         )
-    sha256s = [((dataset.manifest or {}).get("tokenizer") or {}).get("sha256") for dataset in (one, other)]
-    if None not in sha256s and sha256s[0] != sha256s[1]:
+    first, second = (((dataset.manifest or {}).get("tokenizer") or {}).get("sha256") for dataset in (one, other))
+    if first and second and first != second:
         raise DataError(
-            f"{one.prefix} and {other.prefix} come from different tokenizers (sha256 {sha256s[0][:12]} and {sha256s[1][:12]})",
+            f"{one.prefix} and {other.prefix} come from different tokenizers (sha256 {first[:12]} and {second[:12]})",
             hint="Preprocess them with one tokenizer",
         )

@@ -77,9 +77,20 @@ class IndexedDataset:
         dtype: dtype of the token ids.
         manifest: content of PREFIX.manifest.json, or None for files of other tools.
 
+    A prefix of twin files gives their view as one dataset, `megawrap.data.twins.TwinDataset`.
+
     Raises:
         DataError: a file is missing, damaged, left by an interrupted write, or does not agree with its manifest.
     """
+
+    def __new__(cls, prefix: Path | str, *, mmap: bool = True) -> IndexedDataset:
+        """As `pathlib.Path` does: what is there decides which kind of dataset it is."""
+        if cls is IndexedDataset and not any(path(Path(prefix)).exists() for path in (bin_path, idx_path, marker_path)):
+            from megawrap.data.twins import TwinDataset, twin_names
+
+            if twin_names(prefix):
+                return object.__new__(TwinDataset)
+        return object.__new__(cls)
 
     def __init__(self, prefix: Path | str, *, mmap: bool = True) -> None:
         self.prefix = Path(prefix)
@@ -214,9 +225,10 @@ class IndexedDataset:
         """All token ids, [num_tokens], back to back: a read-only map of .bin, or with mmap=False an array in memory."""
         if self.mmap:
             return np.memmap(self.bin_path, mode="r", dtype=self.dtype)
-        return self._read(0, self.num_tokens)
+        return self.read(0, self.num_tokens)
 
-    def _read(self, first: int, count: int) -> np.ndarray:
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Token ids first..first+count-1 of the whole file by a file read; memory is theirs alone."""
         with self.bin_path.open("rb") as stream:
             stream.seek(first * self.dtype.itemsize)
             tokens = np.fromfile(stream, dtype=self.dtype, count=count)
@@ -227,7 +239,7 @@ class IndexedDataset:
     def sequence(self, index: int) -> np.ndarray:
         """Token ids of one sequence, [lengths[index]]; a view of the map, valid as long as it is kept."""
         first, count = int(self.pointers[index]) // self.dtype.itemsize, int(self.lengths[index])
-        return self.tokens[first : first + count] if self.mmap else self._read(first, count)
+        return self.tokens[first : first + count] if self.mmap else self.read(first, count)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -243,35 +255,65 @@ class IndexedDataset:
         """Largest token id; reads all of .bin when there is no manifest."""
         if self.manifest is not None:
             return int(self.manifest["counts"]["max_token_id"])
-        return max(int(block.max()) for block in self._blocks())
+        return max(int(block.max()) for block in self._token_blocks())
 
-    def _blocks(self) -> Iterator[np.ndarray]:
+    def _token_blocks(self) -> Iterator[np.ndarray]:
+        """All token ids by file reads: what is checked never stays in memory, and a file cut meanwhile is an error, not a crash."""
         for first in range(0, self.num_tokens, _CHUNK):
-            count = min(_CHUNK, self.num_tokens - first)
-            yield self.tokens[first : first + count] if self.mmap else self._read(first, count)
+            yield self.read(first, min(_CHUNK, self.num_tokens - first))
 
-    def verify(self, vocab_size: int | None = None) -> None:
-        """Read every byte: sha256 of both files against the manifest, every token id against the vocabulary.
+    def verify(self, vocab_size: int | None = None) -> dict[str, Any]:
+        """Read every byte once, in blocks: token ids against the vocabulary, sha256 and counts against the manifest.
 
         Args:
             vocab_size: ids must be below this; default the manifest's.
 
+        Returns:
+            What was found: `max_token_id`, `vocab_size` (None when unknown), `trained_tokens` (None without modes), and
+            `sha256` of the files that were compared with a manifest (empty without one).
+
         Raises:
-            DataError: a byte changed, or a token id is negative or not in the vocabulary.
+            DataError: a byte changed, a token id is negative or not in the vocabulary, or a count of the manifest is wrong.
         """
-        if self.manifest is not None:
-            for name, path in (("bin", self.bin_path), ("idx", self.idx_path)):
-                wanted, found = self.manifest["files"][name]["sha256"], sha256_file(path)
-                if wanted != found:
-                    _damaged(path, "sha256", f"{found}, the manifest says {wanted}: the content changed after it was written")
-            vocab_size = vocab_size or (self.manifest.get("tokenizer") or {}).get("vocab_size")
-        for number, block in enumerate(self._blocks()):
+        manifest = self.manifest or {}
+        vocab_size = vocab_size or (manifest.get("tokenizer") or {}).get("vocab_size")
+        digests, highest = {}, -1
+        content = hashlib.sha256()
+        for number, block in enumerate(self._token_blocks()):
+            if manifest:
+                content.update(block.data)
             low, high = int(block.min()), int(block.max())
+            highest = max(highest, high)
             if low < 0 or (vocab_size is not None and high >= vocab_size):
                 at = number * _CHUNK + int(np.argmin(block) if low < 0 else np.argmax(block))
                 where = int(np.searchsorted(self.pointers, at * self.dtype.itemsize, side="right")) - 1
                 limit = "negative" if low < 0 else f"the vocabulary ends at {vocab_size}"
                 _damaged(self.bin_path, "token ids", f"{low if low < 0 else high} in sequence {where}: {limit}")
+        if manifest:
+            digests = {"bin": content.hexdigest(), "idx": sha256_file(self.idx_path)}
+            for name, path in (("bin", self.bin_path), ("idx", self.idx_path)):
+                wanted = manifest["files"][name]["sha256"]
+                if wanted != digests[name]:
+                    _damaged(path, "sha256", f"{digests[name]}, the manifest says {wanted}: the content changed after it was written")
+        found = {"max_token_id": highest, "trained_tokens": self._num_trained()}
+        self._check_counts(manifest.get("counts", {}), found)
+        return {**found, "vocab_size": vocab_size, "sha256": digests}
+
+    def _num_trained(self) -> int | None:
+        """Tokens of sequences with mode 1; None without modes."""
+        if self.modes is None:
+            return None
+        spans = (slice(first, first + _CHUNK) for first in range(0, self.num_sequences, _CHUNK))
+        return sum(int(self.lengths[span].sum(where=self.modes[span] == 1, dtype=np.int64)) for span in spans)
+
+    def _check_counts(self, counts: dict[str, Any], found: dict[str, int | None]) -> None:
+        """What only a whole reading can tell; twin files record the counts of both, and have no modes."""
+        wanted = {"max_token_id": found["max_token_id"]}
+        if found["trained_tokens"] is not None:
+            wanted |= {"target_tokens": found["trained_tokens"], "context_tokens": self.num_tokens - found["trained_tokens"]}
+        for name, number in wanted.items():
+            if name in counts and counts[name] != number:
+                _damaged(manifest_path(self.prefix), f"counts.{name}", f"{counts[name]} in the manifest, {number} in the files")
 
 
 def _read_manifest(prefix: Path) -> dict[str, Any] | None:
@@ -281,10 +323,12 @@ def _read_manifest(prefix: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_bytes())
         files = manifest["files"]
-        complete = isinstance(manifest["counts"], dict) and all(
-            isinstance(files[name]["bytes"], int) and isinstance(files[name]["sha256"], str) for name in ("bin", "idx")
+        complete = (
+            all(isinstance(files[name]["bytes"], int) and isinstance(files[name]["sha256"], str) for name in ("bin", "idx"))
+            and isinstance(manifest["counts"]["max_token_id"], int)
+            and isinstance(manifest.get("tokenizer") or {}, dict)
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _damaged(path, "content", f"not a manifest of megawrap ({type(error).__name__}: {error})")
     if not complete or manifest.get("format") != MANIFEST_FORMAT:
         _damaged(path, "format", f"{manifest.get('format')!r}, expected {MANIFEST_FORMAT!r}")
@@ -374,13 +418,17 @@ class IndexedWriter:
             DataError: the disk refuses; the write is aborted.
             ValueError: the arrays do not agree, or an id does not fit the dtype.
         """
-        if len(lengths) == 0:
+        if len(sequences_per_document) == 0:
             return
         if self.num_sequences == 0:
             self._has_modes = modes is not None
         if (modes is not None) != self._has_modes or (modes is not None and len(modes) != len(lengths)):
             raise ValueError("modes: one per sequence in every call, or None in every call")
-        if int(np.sum(lengths)) != len(tokens_flat) or int(np.min(lengths)) < 0 or int(np.sum(sequences_per_document)) != len(lengths):
+        if (
+            int(np.sum(lengths)) != len(tokens_flat)
+            or np.min(lengths, initial=0) < 0
+            or int(np.sum(sequences_per_document)) != len(lengths)
+        ):
             raise ValueError("tokens, lengths and sequences_per_document do not agree")
         if len(tokens_flat):
             limits = np.iinfo(self.dtype)

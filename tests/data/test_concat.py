@@ -78,5 +78,5 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_is_named(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "one", [[[1, 2, 3]]]))
     dataset.bin_path.write_bytes(b"\1\0")
-    with pytest.raises(DataError, match=r"one\.bin: 3 tokens at 0 were there at open, 1 are now"):
+    with pytest.raises(DataError, match=r"one\.bin: size: 3 tokens at 0 were there at open, 1 are now"):
         list(document_blocks(dataset))
