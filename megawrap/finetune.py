@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -185,8 +186,9 @@ def _check(config: Config, layout: Layout, architecture: Architecture) -> None:
 
     objectives.get(config.objective.name)
     Schedule.from_config(config.optim, config.schedule, config.train)
+    rows_differ = config.data.packing == "none"  # they are padded to what sequence parallelism needs
     problems = layout.problems(
-        architecture, seq_length=config.data.seq_length, micro_batch_size=config.train.micro_batch_size,
+        architecture, seq_length=layout.tp if rows_differ else config.data.seq_length, micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
     )  # fmt: skip
     if config.data.seq_length > architecture.max_position_embeddings:
@@ -225,7 +227,7 @@ def _train(
 ) -> int:
     from megawrap import device, objectives, parallel
     from megawrap.checkpoint.store import Store
-    from megawrap.data.loader import EvalLoader, Loader
+    from megawrap.data.loader import EvalLoader, Loader, RowPadding
     from megawrap.training.flops import matrix_products, peak_flops
     from megawrap.training.loggers import MetricsWriter, Record, console_line
     from megawrap.training.loop import Progress, Trainer
@@ -243,9 +245,12 @@ def _train(
         "dp_rank": parallel.dp_rank(), "dp_size": layout.dp, "micro_batch_size": config.train.micro_batch_size,
         "global_batch_size": config.train.global_batch_size,
     }  # fmt: skip
+    if config.data.packing == "none":
+        multiple = math.lcm(config.data.pad_to_multiple, layout.tp if layout.sequence_parallel else 1)
+        place["padding"] = RowPadding(multiple=multiple, whole_batch=layout.pp > 1)
     hardware = device.detect()
     products = matrix_products(
-        architecture, num_tokens=config.train.micro_batch_size * config.data.seq_length,
+        architecture, num_tokens=round(config.train.micro_batch_size * plan.positions_per_iteration / config.train.global_batch_size),
         num_targets=max(1, round(plan.trained_tokens_per_iteration / config.train.global_batch_size)), tp=layout.tp,
     )  # fmt: skip
     peak = peak_flops(hardware.torch_device(), _dtype(choices.precision), products) * layout.world
@@ -360,7 +365,7 @@ def _restore(
         raise ConfigError(
             f"{checkpoint.path} was trained on other rows than this configuration gives (data fingerprint {str(used)[:12]}, "
             f"now {plan.fingerprint[:12]})",
-            hint="Restore data.splits, seq_length, overlong and seed; or start a new run with model.init_from.",
+            hint="Restore data.splits, seq_length, packing, overlong, fim and seed; or start a new run with model.init_from.",
         )
     if whole or not options.reset_progress:
         state.iteration, state.consumed_rows = loaded.iteration, loaded.consumed_rows

@@ -270,7 +270,12 @@ class _Builder:
                 f"data.tokenizer {self.data.tokenizer} has sha256 {tokenizer.sha256[:12]}, the data was made with {used[:12]}",
                 hint="Fill-in-the-middle cuts texts of the data: name the tokenizer it was made with",
             )
-        self.fim = Fim(self.data.fim, tokenizer, seed=self.data.seed, name=str(self.data.tokenizer), vocab_size=self.vocab_size)
+        fim = self.data.fim
+        self.notes.append(
+            f"fill-in-the-middle: {fim.rate:.0%} of the training samples, drawn in every epoch, {fim.spm_rate:.0%} of them suffix first;"
+            f" {fim.loss} is supervised; {RESERVE} positions are kept free behind each sample"
+        )
+        self.fim = Fim(fim, tokenizer, seed=self.data.seed, name=str(self.data.tokenizer), vocab_size=self.vocab_size)
 
     def _check_tokenizers(self) -> None:
         named: dict[str, IndexedDataset] = {}

@@ -60,6 +60,8 @@ class Batch:
     """Positions that are not padding."""
     squared_lengths: int
     """Sum over samples of the square of their length."""
+    fim: tuple[int, int, int] = (0, 0, 0)
+    """Samples transformed for fill-in-the-middle, kept as they are, and kept because they would have outgrown their place."""
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any], device: torch.device) -> Batch:
@@ -83,4 +85,5 @@ class Batch:
             count=round(float(weights.sum(dtype=np.float64))),
             num_tokens=int(arrays["num_tokens"]),
             squared_lengths=int(arrays["squared_lengths"]),
+            fim=tuple(int(count) for count in arrays.get("fim", (0, 0, 0))),  # type: ignore[arg-type]
         )

@@ -66,6 +66,8 @@ class Record:
     """Largest peak memory of a rank so far, MiB."""
     seconds: Mapping[str, float] | None = None
     """Wall seconds of the interval by phase, keys of PHASES."""
+    fim: Mapping[str, int] | None = None
+    """Samples of the interval that fill-in-the-middle transformed, kept, and kept because they outgrew their place."""
     metrics: Mapping[str, float] | None = None
     """What the objective adds."""
 

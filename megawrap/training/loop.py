@@ -31,6 +31,8 @@ from megawrap.training.optimizer import Optimizer
 from megawrap.training.schedule import Schedule
 from megawrap.training.signals import StopRequest
 
+FIM = ("transformed", "kept", "outgrown")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
@@ -56,6 +58,8 @@ class Totals:
     squared_lengths: int
     stops: int
     """Ranks that were asked to stop."""
+    fim: tuple[int, ...]
+    """Samples transformed for fill-in-the-middle, kept, outgrown."""
     sums: Mapping[str, float]
     """What the objective reports, not yet divided."""
 
@@ -199,23 +203,25 @@ class Trainer:
         """Add up over micro-batches and ranks: the last stage's first tensor-parallel ranks speak for their pipeline."""
         speaks = parallel.is_last_stage() and parallel.tp_rank() == 0
         names = self.objective.reports
-        values = [float(bool(self.stop)), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] + [0.0] * len(names)
+        values = [float(bool(self.stop))] + [0.0] * (9 + len(names))
         if speaks:
-            values[1:7] = [
+            values[1:10] = [
                 math.fsum(float(result["loss"]) for result in results),
                 sum(result["count"] for result in results),
                 sum(batch.num_targets for batch in batches),
                 sum(batch.num_tokens for batch in batches),
                 sum(batch.tokens.numel() for batch in batches),
                 sum(batch.squared_lengths for batch in batches),
+                *(sum(batch.fim[kind] for batch in batches) for kind in range(3)),
             ]
-            values[7:] = [math.fsum(float(result[name]) for result in results) for name in names]
+            values[10:] = [math.fsum(float(result[name]) for result in results) for name in names]
         vector = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(vector)
         stops, loss_sum, count, targets, tokens, positions, squared, *rest = vector.tolist()
+        fim, rest = rest[:3], rest[3:]
         return Totals(
             stops=int(stops), loss_sum=loss_sum, count=int(count), targets=int(targets), tokens=int(tokens),
-            positions=int(positions), squared_lengths=int(squared), sums=dict(zip(names, rest, strict=True)),
+            positions=int(positions), squared_lengths=int(squared), fim=tuple(map(int, fim)), sums=dict(zip(names, rest, strict=True)),
         )  # fmt: skip
 
     def _not_finite(self, totals: Totals, norm: float) -> None:
@@ -256,6 +262,7 @@ class _Interval:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self.tokens = self.positions = self.targets = self.flops = self.skipped = 0
+        self.fim = Counter[str]()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -268,6 +275,7 @@ class _Interval:
         self.positions += totals.positions
         self.targets += totals.targets
         self.flops += flops
+        self.fim.update(dict(zip(FIM, totals.fim, strict=True)))
 
     def record(self, peak: float | None) -> Record:
         busy = sum(self.seconds[name] for name in ("data", "forward_backward", "optimizer")) or 1e-9
@@ -276,4 +284,5 @@ class _Interval:
             tokens_per_s=self.positions / busy, useful_tokens_per_s=self.tokens / busy, target_tokens_per_s=self.targets / busy,
             flops_per_s=self.flops / busy, peak_share=self.flops / busy / peak if peak else None,
             seconds={name: value for name, value in self.seconds.items() if value}, skipped=self.skipped or None,
+            fim=dict(self.fim) if any(self.fim.values()) else None,
         )  # fmt: skip

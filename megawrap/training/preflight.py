@@ -32,9 +32,9 @@ def describe(
     parts = [
         ("configuration", config_yaml.rstrip()),
         ("chosen for this machine", _chosen(choices)),
-        ("layout", _layout(config, layout)),
+        ("layout", _layout(config, layout, plan)),
         ("model", _model(config, choices, layout, architecture, plan)),
-        ("data", plan.table()),
+        ("data", "\n".join([plan.table(), *plan.notes])),
         ("start", start),
     ]
     return "\n\n".join(f"== {title} ==\n{text}" for title, text in parts)
@@ -48,22 +48,22 @@ def _chosen(choices: Choices) -> str:
     return "\n".join(lines + [f"{name:<{width}}  {value:<7} {why}" for name, value, why in choices.reasons])
 
 
-def _layout(config: Config, layout: Layout) -> str:
+def _layout(config: Config, layout: Layout, plan: Plan) -> str:
     train, rows = config.train, config.train.micro_batch_size * layout.dp
     micro_batches = train.global_batch_size // rows
-    positions = train.global_batch_size * config.data.seq_length
+    positions, about = round(plan.positions_per_iteration), "about " if plan.packing == "none" else ""
     return (
         f"{layout}: {layout.world} rank(s)\n"
         f"global batch {train.global_batch_size} rows = micro-batch {train.micro_batch_size} x dp {layout.dp} "
         f"x {micro_batches} micro-batch(es)"
-        f" = {positions:,} positions; {train.iterations:,} iterations = {positions * train.iterations:,} positions"
+        f" = {about}{positions:,} positions; {train.iterations:,} iterations = {about}{positions * train.iterations:,} positions"
     )
 
 
 def _model(config: Config, choices: Choices, layout: Layout, architecture: Architecture, plan: Plan) -> str:
     a, divisor = architecture, config.model.make_vocab_size_divisible_by
     whole = parameters_per_rank(a, Layout(), vocab_divisor=divisor)
-    trained = plan.trained_tokens_per_iteration / (config.train.global_batch_size * config.data.seq_length)
+    trained = plan.trained_tokens_per_iteration / plan.positions_per_iteration
     lines = [
         f"{a.family}: {a.num_layers} layers, hidden {a.hidden_size}, {a.num_attention_heads} heads over "
         f"{a.num_query_groups} key/value head(s), "
