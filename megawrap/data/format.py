@@ -386,7 +386,7 @@ class IndexedWriter:
             self._lock.release()
             raise DataError(
                 f"{self.prefix}: {', '.join(existing)} already there, nothing was written",
-                hint="Choose another --output-prefix, or remove the files",
+                hint="Choose another output prefix, or remove the files",
             )
         self._marker = self._keep(marker.open("wb"))
         for path in (*self._temporary[:2], *self._finals[:2]):  # they would be replaced in any case; this frees their space first
@@ -400,7 +400,7 @@ class IndexedWriter:
                 yield
         except OSError as error:
             self.abort()
-            raise DataError(f"cannot write {self._finals[0]}: {error.strerror or error}", hint="Choose another --output-prefix") from error
+            raise DataError(f"cannot write {self._finals[0]}: {error.strerror or error}", hint="Choose another output prefix") from error
         except BaseException:
             self.abort()
             raise
