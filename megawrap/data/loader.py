@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class Loader:
     """
 
     def __init__(
-        self, order: RowOrder | UnequalRows, *, dp_rank: int, dp_size: int, micro_batch_size: int, global_batch_size: int,
+        self, order: RowOrder, *, dp_rank: int, dp_size: int, micro_batch_size: int, global_batch_size: int,
         prefetch: bool = False, padding: RowPadding | None = None,
     ) -> None:  # fmt: skip
         if min(dp_size, micro_batch_size, global_batch_size) < 1 or global_batch_size % (micro_batch_size * dp_size):
@@ -140,7 +140,7 @@ class Loader:
         if self._padding is None:
             return [None] * self.num_micro_batches
         numbers = consumed_rows + np.arange(self.global_batch_size)
-        longest = self.order.row_lengths(numbers).reshape(self.num_micro_batches, -1).max(axis=1)  # type: ignore[attr-defined]
+        longest = cast(UnequalRows, self.order).row_lengths(numbers).reshape(self.num_micro_batches, -1).max(axis=1)
         if self._padding.whole_batch:
             longest[:] = longest.max()
         return (-(-longest // self._padding.multiple) * self._padding.multiple).tolist()

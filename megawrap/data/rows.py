@@ -139,19 +139,22 @@ class RowDataset:
         if self.packing.mode == "concat":
             return self._one_segment(documents, begins, counts)
         lengths, ends = counts - 1, np.cumsum(places)
-        row = self._padding(places, ends)
-        flat_starts = np.cumsum(lengths) - lengths
-        where = np.arange(flat_starts[-1] + lengths[-1]) + np.repeat(begins - flat_starts, lengths)
-        filled: slice | np.ndarray = slice(0, len(where))
+        row, filled = self._padding(places, ends), int(ends[-1])
+        where = np.arange(filled) + np.repeat(begins - (ends - places), places)
+        for name in ("tokens", "labels"):  # padding inside a place reads on, maybe past the end, and is emptied below
+            row[name][:filled] = self._tokens.take(where, mode="raise" if self.packing.plain else "clip")
+            where += 1
+        values, runs = self._weights(documents, begins, lengths)
         if not self.packing.plain:
-            filled = np.arange(len(where)) + np.repeat(ends - places - flat_starts, lengths)
+            inside = places - lengths
+            empty = np.arange(inside.sum()) + np.repeat(ends - np.cumsum(inside), inside)
+            row["tokens"][empty] = row["labels"][empty] = 0
+            behind = np.searchsorted(np.cumsum(runs), np.cumsum(lengths)) + 1  # after the last run of each segment
+            values, runs = np.insert(values, behind, 0), np.insert(runs, behind, inside)
             row["sample_lengths"] = lengths.astype(np.int32)
-        row["tokens"][filled] = self._tokens[where]
-        where += 1
-        row["labels"][filled] = self._tokens[where]
-        for ids in (row["tokens"], row["labels"]):
-            self._check_ids(ids, documents, ends)
-        row["weights"][filled] = self._weights(documents, begins, lengths)
+        for name in ("tokens", "labels"):
+            self._check_ids(row[name], documents, ends)
+        row["weights"][:filled] = np.repeat(values, runs)
         row["sample_ids"] = documents
         if self.fim is not None:
             self._rearrange(row, epoch, documents, begins, ends - places, places)
@@ -178,12 +181,12 @@ class RowDataset:
         labelled = counts.copy()
         labelled[0] -= 1  # the first token of the row is no label
         own = labelled > 0
-        row["weights"][:] = self._weights(documents[own], (begins - (np.arange(len(begins)) > 0))[own], labelled[own])
+        row["weights"][:] = np.repeat(*self._weights(documents[own], (begins - (np.arange(len(begins)) > 0))[own], labelled[own]))
         row["sample_ids"], row["sample_lengths"] = documents, np.array([size], dtype=np.int32)
         return lengthened(row, self.seq_length)
 
-    def _weights(self, documents: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Weights of the labels of windows, float32 [sum(lengths)], from runs of equal supervision.
+    def _weights(self, documents: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of the labels of windows as runs: float32 [r] and int64 [r], which sums to sum(lengths).
 
         Args:
             documents: int64 [k].
@@ -195,9 +198,7 @@ class RowDataset:
         else:
             segments, supervised, counts = self._runs(documents, begins, lengths)
         values = supervised.astype(np.float32)
-        if self.normalize == "target":
-            values = values / _consecutive_totals(segments, supervised, counts)
-        return np.repeat(values, counts)
+        return (values if self.normalize == "token" else values / _consecutive_totals(segments, supervised, counts)), counts
 
     def _runs(self, documents: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every sequence's share of the labels of every segment, in order: segment, supervised or not, labels."""
