@@ -326,7 +326,7 @@ def _read_manifest(prefix: Path) -> dict[str, Any] | None:
         complete = (
             all(isinstance(files[name]["bytes"], int) and isinstance(files[name]["sha256"], str) for name in ("bin", "idx"))
             and isinstance(manifest["counts"]["max_token_id"], int)
-            and isinstance(manifest.get("tokenizer") or {}, dict)
+            and _is_tokenizer(manifest.get("tokenizer") or {})
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _damaged(path, "content", f"not a manifest of megawrap ({type(error).__name__}: {error})")
@@ -336,6 +336,12 @@ def _read_manifest(prefix: Path) -> dict[str, Any] | None:
         found = f"version {manifest.get('version')} of the manifest, this megawrap knows up to {MANIFEST_VERSION}"
         raise DataError(f"{path}: {found}", hint="Upgrade megawrap")
     return manifest
+
+
+def _is_tokenizer(facts: Any) -> bool:
+    """Whether what is compared with a model is of the right kind; it may be missing."""
+    kinds = {"sha256": str, "vocab_size": int}
+    return isinstance(facts, dict) and all(facts.get(name) is None or type(facts[name]) is kind for name, kind in kinds.items())
 
 
 class IndexedWriter:

@@ -1,4 +1,4 @@
-"""Scorecard R11: 18 ways to damage a .bin/.idx pair, each refused at open with the file and the field, mapped or read."""
+"""Scorecard R11: 18 ways to damage a .bin/.idx pair, each refused at open with file, field and both numbers, mapped or read."""
 
 from __future__ import annotations
 
@@ -77,6 +77,38 @@ MORE = {
     "header cut": (resize(".idx", -(MODES + NUM_SEQUENCES - 20)), "header"),
     "idx empty": (resize(".idx", -(1 << 20)), "header"),
 }
+# What each message says besides file and field: what was found, and what it has to be.
+FACTS = {
+    "idx missing": ("missing, though data.bin is there",),
+    "bin missing": ("missing, though data.idx is there",),
+    "magic": (r"b'\x00MIDIDX\x00\x00' instead of b'MMIDIDX\x00\x00'",),
+    "version": ("2, only version 1 is known",),
+    "dtype code unknown": ("9, token ids are one of 1 (uint8), 2 (int8), 3 (int16), 4 (int32), 5 (int64), 8 (uint16)",),
+    "dtype code of another size": ("sequence 1 starts at byte 4, by the lengths before it at byte 8",),
+    "count 2^50": ("1125899906842624 sequences, a file of 178 bytes holds 1 to 12",),
+    "document count 2^50": ("1125899906842624 document indices, 48 bytes are left for 2 to 6",),
+    "bin short": ("38 bytes, data.idx tells of 20 uint16 tokens, 40 bytes",),
+    "bin long": ("42 bytes, data.idx tells of 20 uint16 tokens, 40 bytes",),
+    "bin empty": ("0 bytes, data.idx tells of 20 uint16 tokens, 40 bytes",),
+    "idx cut": ("5 bytes after the document indices; expected 0, or 8 bytes",),
+    "negative length": ("sequence 1 has -1 tokens",),
+    "sum of lengths": ("40 bytes, data.idx tells of 116 uint16 tokens, 232 bytes",),
+    "pointer negative": ("sequence 1 starts at byte -4, by the lengths before it at byte 4",),
+    "pointer past the end": ("sequence 3 starts at byte 1099511627776, by the lengths before it at byte 10",),
+    "pointers overlapping": ("sequence 2 starts at byte 2, by the lengths before it at byte 10",),
+    "document index not ending at the count": ("the last is 7, it must be the number of sequences, 8",),
+    "document index not starting at 0": ("the first is 1, it must be 0",),
+    "document index going back": ("document 1 runs from sequence 6 to 4",),
+    "document without a sequence": ("document 1 runs from sequence 4 to 4",),
+    "mode 2": ("sequence 0 has mode 2, allowed are 0 (context) and 1 (trained)",),
+    "mode negative": ("sequence 0 has mode -1, allowed are 0 (context) and 1 (trained)",),
+    "all modes 0": ("all 8 sequences have mode 0: nothing would be trained",),
+    "trailing bytes": ("13 bytes after the document indices; expected 0, or 8 bytes",),
+    "dtype code of floats": ("7, token ids are one of 1 (uint8)",),
+    "count 0": ("0 sequences, a file of 178 bytes holds 1 to 12",),
+    "header cut": ("the file has 20 bytes, the header alone has 34",),
+    "idx empty": ("the file has 0 bytes, the header alone has 34",),
+}
 
 
 @pytest.fixture
@@ -92,7 +124,7 @@ def prefix(tmp_path: Path) -> Path:
 
 
 def test_eighteen() -> None:
-    assert len(MUTATIONS) == 18
+    assert len(MUTATIONS) == 18 and set(FACTS) == {*MUTATIONS, *MORE}
 
 
 @pytest.mark.parametrize("mmap", [True, False], ids=["mmap", "file"])
@@ -106,4 +138,5 @@ def test_r11_damage_is_refused_at_open(prefix: Path, name: str, mmap: bool) -> N
     assert refused.value.exit_code == EXIT_CORRUPT
     assert str(prefix) in str(refused.value)
     assert f"{field}: " in str(refused.value)
+    assert all(fact in str(refused.value) for fact in FACTS[name]), refused.value
     assert refused.value.hint
