@@ -76,7 +76,7 @@ def detect() -> Hardware:
             native_bf16=torch.cuda.is_bf16_supported(including_emulation=False), memory=properties.total_memory,
         )  # fmt: skip
     # oneDNN keeps a compiled kernel for each of the last 1,024 shapes, some 5 MB each; rows have ever new segment lengths.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "96")
     name, flags = _cpu()
     return Hardware(
         kind="cpu", name=name, count=len(os.sched_getaffinity(0)),

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megawrap.models.batch import Segments
 from megawrap.models.blocked_attention import blocked_attention
+from megawrap.models.widened_attention import widened_attention
 
 QUERY_BLOCK = 256
 """Queries that are scored at once when dropout rules the fused kernel out on CPU."""
@@ -110,18 +111,18 @@ class PackedAttention(MegatronModule):
 
     def _segment(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
         """One segment by the kernel that is fastest for its length; [S, N, D] in and out."""
-        cpu, length, dtype = query.device.type == "cpu", query.size(0), query.dtype
-        if cpu and not dropout and WIDENED_UP_TO < length <= BLOCKED_UP_TO and dtype in (torch.float32, torch.bfloat16):
+        cpu, length = query.device.type == "cpu", query.size(0)
+        if cpu and not dropout and WIDENED_UP_TO < length <= BLOCKED_UP_TO and query.dtype in (torch.float32, torch.bfloat16):
             return blocked_attention(query, key, value, self.scale)
+        if cpu and not dropout and length <= WIDENED_UP_TO and query.element_size() < 4:
+            return widened_attention(query, key, value, self.scale)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         if cpu and dropout:
             out = _dropped_attention(q, k, v, self.scale, dropout)
         else:
-            if cpu and q.element_size() < 4 and length <= WIDENED_UP_TO:
-                q, k, v = q.float(), k.float(), v.float()
             grouped = q.size(1) != k.size(1)
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=dropout)
-        return out.squeeze(0).transpose(0, 1).to(dtype)
+        return out.squeeze(0).transpose(0, 1)
 
 
 def _dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:

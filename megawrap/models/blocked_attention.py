@@ -19,16 +19,17 @@ BLOCK = 64
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Whole blocks only. Rows of every product are (query, head of the group), so that causality cuts at block borders."""
+    """Rows of every product are (query, head of the group), so that causality cuts at block borders."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        heads = query.size(1) // key.size(1)
-        rows = _by_group(query, key.size(1))
-        keys, values = key.transpose(0, 1).float(), value.transpose(0, 1)
+        length, heads = query.size(0), query.size(1) // key.size(1)
+        padded_query, padded_key, padded_value = _whole_blocks(query, key, value)
+        rows = _by_group(padded_query, key.size(1))
+        keys, values = padded_key.transpose(0, 1).float(), padded_value.transpose(0, 1)
         out, kept = torch.empty_like(rows), []
         hidden = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu_(1)[:, None]
-        for begin in range(0, query.size(0), BLOCK):
+        for begin in range(0, length, BLOCK):
             end = begin + BLOCK
             block = slice(begin * heads, end * heads)
             scores = torch.bmm(rows[:, block].float(), keys[:, :end].transpose(1, 2)).mul_(scale)
@@ -36,21 +37,23 @@ class _BlockedAttention(torch.autograd.Function):
             probabilities = scores.softmax(-1).to(query.dtype)
             out[:, block] = torch.bmm(probabilities, values[:, :end])
             kept.append(probabilities)
+        result = _by_position(out, padded_query.shape)[:length]
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(query, key, value, out, *kept)
+            ctx.save_for_backward(query, key, value, result, *kept)
             ctx.scale = scale
-        return _by_position(out, query.shape)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, out, *kept = ctx.saved_tensors
-        heads = query.size(1) // key.size(1)
-        rows, grad_rows = _by_group(query, key.size(1)), _by_group(grad, key.size(1))
+        length, heads = query.size(0), query.size(1) // key.size(1)
+        query, key, value, out, grad = _whole_blocks(query, key, value, out, grad)
+        rows, grad_rows, out_rows = (_by_group(x, key.size(1)) for x in (query, grad, out))
         keys, values = key.transpose(0, 1), value.transpose(0, 1).float()
         grad_query = torch.empty_like(rows)
         grad_key, grad_value = (torch.zeros(keys.shape, device=keys.device) for _ in range(2))
-        inner = (grad_rows.float() * out.float()).sum(-1, keepdim=True)
-        for begin, probabilities in zip(range(0, query.size(0), BLOCK), kept, strict=True):
+        inner = (grad_rows.float() * out_rows.float()).sum(-1, keepdim=True)
+        for begin, probabilities in zip(range(0, length, BLOCK), kept, strict=True):
             end = begin + BLOCK
             block = slice(begin * heads, end * heads)
             grad_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad_rows[:, block])
@@ -58,8 +61,14 @@ class _BlockedAttention(torch.autograd.Function):
             scores = scores.sub_(inner[:, block]).mul_(probabilities).mul_(ctx.scale).to(query.dtype)
             grad_query[:, block] = torch.bmm(scores, keys[:, :end])
             grad_key[:, :end] += torch.bmm(scores.transpose(1, 2), rows[:, block])
-        grad_key, grad_value = (x.transpose(0, 1).to(query.dtype) for x in (grad_key, grad_value))
-        return _by_position(grad_query, query.shape), grad_key, grad_value, None
+        grad_key, grad_value = (x.transpose(0, 1)[:length].to(query.dtype) for x in (grad_key, grad_value))
+        return _by_position(grad_query, query.shape)[:length], grad_key, grad_value, None
+
+
+def _whole_blocks(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Positions padded to whole blocks, which come after all real ones and so are never seen: then products have the same few
+    shapes for every length, and oneDNN does not compile (0.8 ms) and cache (5 MB) a kernel for each."""
+    return tuple(F.pad(x, (0, 0, 0, 0, 0, -x.size(0) % BLOCK)) for x in tensors)
 
 
 def _by_group(x_SND: torch.Tensor, groups: int) -> torch.Tensor:
@@ -77,9 +86,6 @@ def _by_position(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def blocked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale x Q K^T, causal) V of one segment.
 
-    Positions are padded to whole blocks, which come after all real ones and so are never seen: then products have the same
-    few shapes for every length, and oneDNN does not compile (0.8 ms) and cache (5 MB) a kernel for each.
-
     Args:
         query: [S, N, D].
         key: [S, G, D], G dividing N.
@@ -89,6 +95,4 @@ def blocked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     Returns:
         [S, N, D] in the dtype of the query. The backward pass needs N x S^2 / 2 probabilities in that dtype.
     """
-    length = query.size(0)
-    padded = (F.pad(x, (0, 0, 0, 0, 0, -length % BLOCK)) for x in (query, key, value))
-    return _BlockedAttention.apply(*padded, scale)[:length]
+    return _BlockedAttention.apply(query, key, value, scale)

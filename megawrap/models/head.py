@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
 """Logits of one chunk of targets, in the compute dtype; one chunk is one pass over the output matrix and its gradient."""
 BLOCK = {"cpu": 2**19, "cuda": 2**26}
 """Logits that are in fp32 at a time: on CPU as many as stay in the cache, which makes their exponentials almost free."""
+CPU_TARGETS = 128
+"""On CPU targets are padded to a multiple, with weight 0: oneDNN compiles and keeps a kernel for every new number of them."""
 _HALF_SCALE = 1024.0  # fp16 gradients of small probabilities would underflow; undone in backward
 
 
@@ -132,7 +135,11 @@ def linear_cross_entropy(
     Returns:
         The scalar sum (differentiable) and losses [K] (not), both float32.
     """
+    num_targets = hidden_KH.size(0)
+    if not hidden_KH.is_cuda:
+        padding = -num_targets % CPU_TARGETS
+        hidden_KH, labels_K, weights_K = F.pad(hidden_KH, (0, 0, 0, padding)), F.pad(labels_K, (0, padding)), F.pad(weights_K, (0, padding))
     first_row = (group.rank() if group is not None else 0) * weight_VH.size(0)
     real_rows = min(max(vocab_size - first_row, 0), weight_VH.size(0))
     total, losses = _LinearCrossEntropy.apply(hidden_KH, weight_VH, labels_K, weights_K, first_row, real_rows, group, reduce_hidden)
-    return total, losses
+    return total, losses[:num_targets]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from megawrap.models import attention, blocked_attention
+from megawrap.models import attention, blocked_attention, widened_attention
 from megawrap.models.attention import PackedAttention
 from megawrap.models.batch import Segments
 
@@ -72,8 +73,17 @@ def test_blocks_and_large_scores_change_nothing(block: int, scale: float, monkey
         assert (ours.double() - theirs).norm() < 5e-6 * max(1, scale) * theirs.norm()
 
 
-def test_nothing_is_kept_when_no_gradient_is_needed() -> None:
+@pytest.mark.parametrize("kernel", [blocked_attention.blocked_attention, widened_attention.widened_attention])
+def test_nothing_is_kept_when_no_gradient_is_needed(kernel: Callable[..., torch.Tensor]) -> None:
     tensors = [tensor.detach() for tensor in _tensors(2, torch.float32)]
     with torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("a tensor was saved"), lambda x: x):
-        out = blocked_attention.blocked_attention(*tensors, 0.25)
+        out = kernel(*tensors, 0.25)
     assert not out.requires_grad
+
+
+def test_only_log_sums_are_kept_wide() -> None:
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        widened_attention.widened_attention(*_tensors(2, torch.bfloat16), 0.25)
+    wide = [x.numel() for x in kept if x.dtype == torch.float32]
+    assert wide == [4 * int(LENGTHS.sum())], "one log sum a query and head"
