@@ -25,6 +25,7 @@ _FIRST = 8  # samples of a page for which none were chosen
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags."""
+    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="dataset; with --config it comes first, or is left out")
     _add_what(parser)
     parser.add_argument(
         "--config", metavar="RECIPE.yaml", help="settings and sources of a recipe; takes the flags of megawrap finetune as well"
@@ -42,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
     """What is shown, and how: the flags that a recipe does not decide."""
-    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="dataset; with --config it may be left out")
     parser.add_argument("--sample", nargs="+", type=_not_negative, metavar="N", help="samples of PREFIX, from 0")
     parser.add_argument("--row", nargs="+", type=_not_negative, metavar="N", help="packed rows, from 0, in the order they are drawn")
     parser.add_argument("--batch", type=_not_negative, metavar="N", help="all rows of global batch N; 0 is that of the first iteration")
@@ -53,7 +53,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--color", action=argparse.BooleanOptionalAction, help="default: on a terminal, unless NO_COLOR is set")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the statistics (needs megawrap[plots])")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with the same, for a browser, offline")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write samples, rows and statistics to one page for a browser, offline, instead"
+    )
 
 
 def _above_zero(text: str) -> int:
@@ -90,8 +92,9 @@ def _command(words: Sequence[str]) -> int:
             raise ConfigError("nothing to look at", hint="Give a PREFIX, or --config RECIPE.yaml")
         return run(args, _of_prefix(args))
     _add_what(parser)
-    args, rest = parser.parse_known_args(words)
-    return run(args, _of_recipe(args, rest))
+    prefix = words[0] if not words[0].startswith("-") else None  # a word further on may be the value of a recipe's flag
+    args, rest = parser.parse_known_args(words[prefix is not None :])
+    return run(args, _of_recipe(args, rest, prefix))
 
 
 def _of_prefix(args: argparse.Namespace) -> Inspection:
@@ -110,13 +113,13 @@ def _of_prefix(args: argparse.Namespace) -> Inspection:
     return Inspection(settings=settings, prefix=prefix, group=args.group, tokenizer=args.tokenizer)
 
 
-def _of_recipe(args: argparse.Namespace, rest: Sequence[str]) -> Inspection:
+def _of_recipe(args: argparse.Namespace, rest: Sequence[str], given: str | None) -> Inspection:
     """A recipe's data settings, on its own sources or on one dataset."""
     from megawrap.arguments import parse
     from megawrap.data.inspection import Inspection, Settings, whole
 
     config, _ = parse(rest, prog="megawrap data inspect")
-    prefix = None if args.prefix is None else Path(args.prefix)
+    prefix = None if given is None else Path(given)
     settings = Settings(
         splits=config.data.splits if prefix is None else whole(prefix),
         data=config.data,
@@ -144,8 +147,9 @@ def run(args: argparse.Namespace, inspection: Inspection) -> int:
     accounts = inspection.accounts() if args.stats or default or to_files else []
     if args.json:
         _print_json(views if chosen or default else [], accounts, inspection.notes)
-    else:
-        _print_text(views if chosen or default else [], accounts if args.stats or default else [], inspection, args)
+    else:  # what goes to a page is not repeated here
+        to_print = views if args.html is None and (chosen or default) else []
+        _print_text(to_print, accounts if args.stats or default else [], inspection, args)
     _write_files(args, views, accounts, inspection)
     return EXIT_OK
 

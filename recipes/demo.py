@@ -108,6 +108,11 @@ def run(folder: Path) -> int:
     for name in ("train", *GROUPS):
         demo.step(f"Preprocess {name}", "megawrap", "preprocess", "--input", str(data / f"{name}.jsonl"), "--tokenizer", str(tokenizer),
                   "--output-prefix", str(data / name))  # fmt: skip
+    demo.step("Every byte of the training data again", "megawrap", "data", "verify", str(data / "train"))
+    page = str(folder / "inspect.html")
+    demo.step(
+        "The first batch, as it will be trained on", "megawrap", "data", "inspect", "--batch", "0", "--stats", "--html", page, *recipe
+    )
     demo.step("What will be trained on", "megawrap", "data", "plan", *recipe)
     valid = [str(data / name) for name in GROUPS]
     counted = demo.step("What counting tokens alone would score", "megawrap", "data", "unigram", "--train", str(data / "train"), "--valid",
