@@ -59,8 +59,8 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build(name: str, definition: str | Path) -> FastBackend:
-    """A candidate by name, from the text of a tokenizer.json or (gigatoken) the path of a SentencePiece model.
+def build(name: str, definition: bytes | Path) -> FastBackend:
+    """A candidate by name, from the content of a tokenizer.json or (gigatoken) the path of a SentencePiece model.
 
     Raises:
         UnusableError: the package is missing or cannot express this tokenizer.
@@ -161,7 +161,8 @@ class Gigatoken:
             return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
         if self._separator is None:
             return self._one_by_one(texts)
-        rows = [(SEPARATOR.join(part) + SEPARATOR).encode() for part in _shares(texts, num_threads())]
+        separator = SEPARATOR.encode()  # joining bytes: ASCII texts would become two bytes a character beside it
+        rows = [separator.join([*map(str.encode, part), b""]) for part in _shares(texts, num_threads())]
         parallel = None if len(rows) > 1 else False  # None: unless this is a forked process
         # A source of bytes, because a list makes the library import awkward: 0.3 s and 50 MB.
         matrix, sizes = self._library.encode_batch_padded(self._source(rows), self._separator, parallel=parallel)

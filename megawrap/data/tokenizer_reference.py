@@ -81,6 +81,7 @@ class HuggingFace:
 
     def __init__(self, path: Path, *, convert: bool) -> None:
         self._tokenizer = _converted(path) if convert else _read(path)
+        self._source = None if convert else path
         self._tokenizer.no_truncation()  # a stored limit would cut samples without a word
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -99,9 +100,9 @@ class HuggingFace:
             for index, token in added
         )
 
-    def definition(self) -> str:
-        """The tokenizer as the text of a tokenizer.json."""
-        return str(self._tokenizer.to_str())
+    def definition(self) -> bytes:
+        """The tokenizer as the content of a tokenizer.json."""
+        return bytes(self._tokenizer.to_str().encode()) if self._source is None else self._source.read_bytes()
 
     def id_of(self, token: str) -> int | None:
         """Id of a token by its text, or None."""
