@@ -13,7 +13,9 @@ from typing import Any
 
 import orjson
 
-from megawrap.data.jsonl import JsonlReader, expand
+from megawrap.data.fields import extractor
+from megawrap.data.inputs import Piece, expand
+from megawrap.data.reader import SampleReader
 from megawrap.errors import DataError
 from megawrap.io import atomic_write
 
@@ -80,8 +82,8 @@ def _run(args: Any) -> int:
         raise DataError(
             f"--vocab-size is {args.vocab_size}; it must be {_SMALLEST} or more, 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
-    reader = JsonlReader(expand(args.input), args.fields)
-    tokenizer = train((text for batch in reader.batches() for sample in batch for text in sample.texts), args.vocab_size)
+    reader = SampleReader([Piece(name) for name in expand(args.input)], extractor(args.fields))
+    tokenizer = train((text for batch in reader.batches() for text in batch.texts), args.vocab_size)
     found = tokenizer.get_vocab_size()
     save(tokenizer, args.output)
     print(f"{found:,} tokens ({len(SPECIAL_TOKENS)} special) in {args.output}")
