@@ -95,7 +95,7 @@ def test_rows_and_batches_are_those_of_training(folder: Path, capsys: pytest.Cap
     rows = plan.train.rows(np.arange(6, 9))
     assert len(found["views"]) == 3
     for view, row in zip(found["views"], rows, strict=True):
-        real = [segment for segment in view["segments"] if not segment["is_padding"]]
+        real = [segment for segment in view["segments"] if segment["padding"] != segment["positions"]]
         tokens = [token for segment in real for token in segment["ids"][:-1]]
         labels = [token for segment in real for token in segment["ids"][1:]]
         weights = [weight for segment in real for weight in segment["weights"][1:]]
@@ -185,6 +185,13 @@ def test_what_cannot_be_packed_is_counted_all_the_same(tmp_path: Path, capsys: p
     documents.write(tmp_path / "long", [[(0, [1] * 50), (1, [2] * 50)]])
     told = run(capsys, tmp_path / "long", "--stats", "--seq-length", "8", "--overlong", "error")
     assert "note: not packed: " in told and "do not fit a row of 8 positions" in told and "tokens             100" in told
+
+
+def test_samples_of_one_token_and_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents.write(tmp_path / "data", [[(0, []), (1, [77])], [(0, []), (1, [])], [(0, [1]), (1, [2])]])
+    told = run(capsys, tmp_path / "data", "--sample", "0", "1")
+    assert "1 tokens in 2 fields, 0 trained" in told and "context │ 77" in told and "0 tokens in 2 fields, 0 trained" in told
+    run(capsys, tmp_path / "data", "--html", tmp_path / "page.html")
 
 
 def test_merged_sources_are_counted_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

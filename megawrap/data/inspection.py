@@ -171,6 +171,8 @@ class Inspection:
     def batch(self, number: int) -> list[View]:
         """The rows of a global batch of the group, counted from 0."""
         size = self.settings.global_batch_size
+        if self.settings.data.packing == "none":
+            self.notes.append("packing none: in training, the rows of a micro-batch are padded to its longest")
         first = number * size
         if self.group == "train":
             return self.rows(range(first, first + size), flag=f"--batch {number}")
@@ -249,7 +251,9 @@ def _recorded_mix(dataset: IndexedDataset) -> list[Part]:
         ]
     parts = []
     for source in sources:
-        numbers = {name: f"{value:,}" for name, value in source.items() if isinstance(value, int) and not isinstance(value, bool)}
+        numbers = {
+            name.replace("_", " "): f"{value:,}" for name, value in source.items() if isinstance(value, int) and not isinstance(value, bool)
+        }
         name = next((str(source[key]) for key in ("path", "name", "file", "dataset") if key in source), "?")
         parts.append(Part(name=Path(name).name or name, numbers=numbers))
     return parts

@@ -156,9 +156,7 @@ def _view(view: View, number: int) -> Iterator[str]:
 
 
 def _segment(segment: Segment, title: str) -> Iterator[str]:
-    last = segment.first_position + segment.positions - 1
-    where = f"positions {segment.first_position}-{last} ({segment.positions:,})"
-    name = ", ".join(filter(None, [segment.title, where, "" if segment.is_padding else f"{segment.trained:,} trained"]))
+    name = ", ".join(filter(None, [segment.title, segment.where]))
     yield f'<div class="segment"><h3>{_text(name)}</h3>'
     if not segment.is_padding:
         yield f'<div class="text" tabindex="0" role="group" aria-label="{_text(segment.title or title)}">{"".join(_runs(segment))}</div>'
@@ -177,7 +175,7 @@ def _piece(segment: Segment, piece: Piece) -> str:
     """A piece with what the script shows of it: position, ids, weight."""
     ids = " ".join(map(str, segment.ids[piece.first : piece.last].tolist()))
     place = segment.first_position + piece.first
-    position = str(place) if piece.first < segment.positions else "(label only)"
+    position = str(place) if piece.first < len(segment.ids) - 1 else "(label only)"
     weight = float(segment.weights[piece.first])
     shown = escape(visible(piece.text, _STYLE)) if piece.text else f"{ids} "
     shown = shown.replace("↵", '<span class="mark">↵</span>')

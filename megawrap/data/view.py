@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,12 +40,12 @@ class Segment:
     Attributes:
         title: what it is.
         first_position: where it begins in the row.
-        positions: positions it fills; one less than its tokens, whose last is a label only. All of padding's.
+        positions: positions it takes in the row.
+        padding: how many of them, at its end, hold nothing; the others are one fewer than its tokens, whose last is a label only.
         ids: int64 [n], every token.
         weights: float32 [n], weight of each token as a label; 0 is context.
         pieces: of the text.
         parts: (first token, name) of every field of a sample; empty in a row.
-        is_padding: it holds nothing.
     """
 
     title: str
@@ -56,7 +55,21 @@ class Segment:
     weights: np.ndarray
     pieces: list[Piece]
     parts: list[tuple[int, str]]
-    is_padding: bool = False
+    padding: int = 0
+
+    @property
+    def is_padding(self) -> bool:
+        """It holds nothing."""
+        return 0 < self.padding == self.positions
+
+    @property
+    def where(self) -> str:
+        """Its place in the row and what that holds, for a border."""
+        last = self.first_position + self.positions - 1
+        parts = [f"positions {self.first_position}-{last} ({self.positions:,})"]
+        if not self.is_padding:
+            parts += [f"{self.trained:,} trained", *([f"{self.padding:,} padding"] if self.padding else [])]
+        return ", ".join(parts)
 
     @property
     def trained(self) -> int:
@@ -85,7 +98,7 @@ class Segment:
             "title": self.title,
             "first_position": self.first_position,
             "positions": self.positions,
-            "is_padding": self.is_padding,
+            "padding": self.padding,
             "trained_tokens": self.trained,
             "ids": self.ids.tolist(),
             "weights": [round(weight, 6) for weight in self.weights.tolist()],
@@ -154,53 +167,52 @@ def _field_names(dataset: IndexedDataset, number: int) -> list[str]:
     return [f"field {index}" for index in range(number)]
 
 
-def of_row(row: Row, title: str, decode: Decode | None) -> View:
+def of_row(row: Row, title_of_row: str, decode: Decode | None) -> View:
     """A row as training takes it, segment by segment.
 
     Args:
-        row: tokens, labels, weights, segment_lengths and sample_ids, see `megawrap.data.rows`.
-        title: what it is.
+        row: see `megawrap.data.rows`.
+        title_of_row: what it is.
         decode: ids to text; None shows ids only.
     """
-    bounds = np.concatenate([[0], np.cumsum(row["segment_lengths"], dtype=np.int64)]).tolist()
-    documents = row["sample_ids"].tolist()
-    number = len(bounds) - 1
-    padded = number == len(documents) + 1
-    segments = []
-    for index, (first, last) in enumerate(pairwise(bounds)):
-        if padded and index == number - 1:
-            segments.append(_padding(first, last - first))
-            continue
-        ids = np.append(row["tokens"][first:last], row["labels"][last - 1])
-        weights = np.append(np.float32(0), row["weights"][first:last]).astype(np.float32)
-        held = f"document {documents[index]}" if number - padded == len(documents) else f"documents {', '.join(map(str, documents))}"
-        segments.append(
-            Segment(
-                title=f"segment {index + 1} of {number - padded}, {held}",
-                first_position=first,
-                positions=last - first,
-                ids=ids,
-                weights=weights,
-                pieces=pieces_of(ids, weights, decode, []),
-                parts=[],
+    places, documents = row["segment_lengths"].tolist(), row["sample_ids"].tolist()
+    held = row.get("sample_lengths", row["segment_lengths"][: len(documents)]).tolist()  # positions of each real segment
+    segments, first = [], 0
+    for index, place in enumerate(places):
+        if index < len(held):
+            whose = [documents[index]] if len(held) == len(documents) else documents
+            title = f"segment {index + 1} of {len(held)}, document{'s' * (len(whose) != 1)} {', '.join(map(str, whose))}"
+            segments.append(_segment(row, title, first, place, held[index], decode))
+        else:
+            nothing = np.zeros(0, dtype=np.int64)
+            segments.append(
+                Segment(
+                    title="padding", first_position=first, positions=place, padding=place, ids=nothing, weights=nothing, pieces=[], parts=[]
+                )
             )
-        )
-    trained, padding = sum(segment.trained for segment in segments), sum(one.positions for one in segments if one.is_padding)
-    facts = f"{bounds[-1]:,} positions: {trained:,} trained, {bounds[-1] - trained - padding:,} context, {padding:,} padding"
-    return View(title=title, facts=facts, segments=segments)
+        first += place
+    trained, padding = sum(segment.trained for segment in segments), sum(segment.padding for segment in segments)
+    facts = f"{first:,} positions: {trained:,} trained, {first - trained - padding:,} context, {padding:,} padding"
+    if "fim" in row:
+        rearranged, kept, outgrown = row["fim"].tolist()
+        facts += f"; fill-in-the-middle: {rearranged:,} rearranged, {kept:,} not drawn, {outgrown:,} kept because they outgrew their place"
+    return View(title=title_of_row, facts=facts, segments=segments)
 
 
-def _padding(first: int, positions: int) -> Segment:
-    nothing = np.zeros(0, dtype=np.int64)
+def _segment(row: Row, title: str, first: int, place: int, held: int, decode: Decode | None) -> Segment:
+    """The segment at position `first`: `held` positions with tokens, then padding, `place` in all."""
+    span = slice(first, first + held)
+    ids = np.append(row["tokens"][span], row["labels"][first + held - 1])
+    weights = np.append(np.float32(0), row["weights"][span]).astype(np.float32)
     return Segment(
-        title="padding",
+        title=title,
         first_position=first,
-        positions=positions,
-        ids=nothing,
-        weights=nothing.astype(np.float32),
-        pieces=[],
+        positions=place,
+        padding=place - held,
+        ids=ids,
+        weights=weights,
+        pieces=pieces_of(ids, weights, decode, []),
         parts=[],
-        is_padding=True,
     )
 
 

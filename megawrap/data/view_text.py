@@ -89,9 +89,7 @@ def render(view: View, style: Style, *, ids: bool = False) -> str:
 
 
 def _border(segment: Segment, style: Style) -> str:
-    last = segment.first_position + segment.positions - 1
-    what = "" if segment.is_padding else f", {segment.trained:,} trained"
-    text = f"{style.rule * 2} {segment.title}, positions {segment.first_position}-{last} ({segment.positions:,}){what} "
+    text = f"{style.rule * 2} {segment.title}, {segment.where} "
     return style.paint(text + style.rule * max(2, 100 - len(text)), _FAINT)
 
 
@@ -156,6 +154,6 @@ def _token_lines(segment: Segment, style: Style) -> Iterator[str]:
             shown = f"'{visible(piece.text, style)}'" if token == piece.first else '"'
             mark = f"{weight:>8.4g}" if weight else f"{'context':>8}"
             code = _TRAINED if weight else _CONTEXT
-            place = str(segment.first_position + token) if token < segment.positions else "label"  # the last one is no input
+            place = str(segment.first_position + token) if token < len(segment.ids) - 1 else "label"  # the last one is no input
             text = style.paint(f"{mark}  {shown if piece.text else ''}".rstrip(), code)
             yield f"{place:>8}  {segment.ids[token]:>7}  {text}"

@@ -108,6 +108,34 @@ def test_rows_show_every_sample_as_training_sees_it(tmp_path: Path, loss_on: str
     assert seen == set(expected)
 
 
+@pytest.mark.parametrize(("packing", "multiple"), [("none", 1), ("none", 8), ("best_fit", 16), ("concat", 1)])
+def test_rows_of_every_kind_show_every_label(tmp_path: Path, packing: str, multiple: int) -> None:
+    """Padding inside and at the end, rows of their own length, one stream: what is shown as trained are the labels with a weight."""
+    given = documents.samples(2, 30, longest=20)
+    data = documents.write(tmp_path / "data", given)
+    plan = build(
+        [f"train: 1 0:1 {data.prefix}"],
+        DataConfig(seq_length=64, packing=packing, pad_to_multiple=multiple),  # type: ignore[arg-type]
+        ObjectiveConfig(),
+        global_batch_size=1,
+        iterations=1,
+        build_cache=False,
+    )
+    padding = 0
+    for row in plan.train.rows(np.arange(len(plan.train.sources[0]))):
+        view = of_row(row, "row", None)
+        assert sum(segment.positions for segment in view.segments) == len(row["tokens"])
+        padding += sum(segment.padding for segment in view.segments)
+        shown = [(int(token), float(weight)) for one in view.segments for token, weight in zip(one.ids, one.weights, strict=True) if weight]
+        assert shown == [(int(label), float(weight)) for label, weight in zip(row["labels"], row["weights"], strict=True) if weight]
+        if packing != "concat":
+            for segment in view.segments:
+                if not segment.is_padding:
+                    number = int(segment.title.rpartition(" ")[2])
+                    assert segment.ids.tolist() == documents.flat(given[number])[0]
+    assert padding > 0 or (packing, multiple) == ("none", 1)
+
+
 def test_samples_show_their_fields(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = [("def f():\n", "    pass\n"), ("", "x = '🙂'")]
     with IndexedWriter(tmp_path / "data", np.uint16) as writer:
