@@ -28,7 +28,7 @@ SENTINELS = (
 RESERVE = 3 + 6
 """Positions kept free behind a sample: the sentinels, and what two cuts inside tokens add. With a byte-level BPE of 49,152
 tokens 99.9 % of the samples need no more."""
-_PROBES = ("def f(a_1):\n\treturn  a_1 + 10\r\n", "naïve café — 中文, e\u0301 🙂\n", " leading and trailing ", "\n\n    \n")
+_PROBES = ("def F(a_1):\n\treturn  a_1 + 10\r\n", "naïve café — 中文, e\u0301 🙂\n", " leading and trailing ", "\n\n    \n")
 
 
 class TextTokenizer(Protocol):

@@ -129,15 +129,18 @@ def _packing(
 class Exchange:
     """Which window fills a segment in an epoch: windows of equal place trade places, so that no two epochs have the same rows.
 
-    The windows of one place were shuffled when they were packed; in epoch e > 0 window i of n goes to a x i + b mod n, with
-    a prime to n and b drawn from the key of the epoch. Epoch 0 is the packing as it is. One multiplication a segment and a
-    table of a and b an epoch: a row can be read in any epoch without those before it.
+    The windows of one place were shuffled when they were packed. In epoch e > 0 window i of n goes to a x i + b mod n, with a
+    prime to n, and then a keyed half of them to c - i mod n, twice (a round of Hoang, Morris and Rogaway's swap-or-not
+    shuffle), which leaves nothing of the regular steps. Epoch 0 is the packing as it is. A handful of products a row and a
+    table an epoch: a row can be read in any epoch without those before it.
 
     Args:
         packing: of mode best_fit.
         seed: of the exchange.
         fingerprint: of the data.
     """
+
+    ROUNDS = 2
 
     def __init__(self, packing: Packing, seed: int, fingerprint: str) -> None:
         self._key = (seed, fingerprint)
@@ -155,20 +158,26 @@ class Exchange:
         """
         if epoch == 0:
             return windows.astype(np.int64)
-        factor, shift = self._table(epoch)
+        table, multipliers = self._table(epoch)
         first, number = self._first[places], self._number[places]
-        return first + ((windows - first) * factor[places] + shift[places]) % number
+        factor, shift, *mirrors = table[:, places]
+        index = ((windows - first) * factor + shift) % number
+        for mirror, multiplier in zip(mirrors, multipliers, strict=True):
+            other = (mirror - index) % number
+            swap = np.maximum(index, other).astype(np.uint64) * multiplier >> np.uint64(63)
+            index = np.where(swap, other, index)
+        return first + index
 
     def _table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """a and b of every place in an epoch."""
+        """a, b and each round's c for every place, int64 [2 + ROUNDS, places]; a multiplier for the halves of each round, uint64."""
         found = self._tables.get(epoch)
         if found is None:
-            number = np.maximum(self._number, 1)
-            bits = mixed(make_key("exchange", *self._key, epoch), 2 * len(number)) >> np.uint64(1)
-            factor, shift = (part.astype(np.int64) % number for part in np.split(bits, 2))
-            while (common := np.gcd(factor, number) > 1).any():  # n = 1: every factor is prime to it
-                factor[common] = (factor[common] + 1) % number[common]
-            found = factor, shift
+            key, number = make_key("exchange", *self._key, epoch), np.maximum(self._number, 1)
+            bits = mixed(key, (2 + self.ROUNDS) * len(number)).reshape(-1, len(number)) >> np.uint64(1)
+            table = bits.astype(np.int64) % number
+            while (common := np.gcd(table[0], number) > 1).any():
+                table[0, common] = (table[0, common] + 1) % number[common]
+            found = table, mixed(key + 1, self.ROUNDS) | np.uint64(1)
             self._tables = {**dict(list(self._tables.items())[-3:]), epoch: found}  # replaced whole: another thread may read it
         return found
 

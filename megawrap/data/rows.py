@@ -80,6 +80,7 @@ class RowDataset:
         self.vocab_size = vocab_size
         self.fim = fim
         self._exchange = Exchange(packing, seed, dataset.fingerprint) if seed is not None and packing.mode == "best_fit" else None
+        self._plain = packing.plain and fim is None  # no padding but at the end of a row
         self._tokens = np.asarray(dataset.tokens)  # the same bytes without the cost of a memmap object per access
 
     def __len__(self) -> int:
@@ -142,10 +143,10 @@ class RowDataset:
         row, filled = self._padding(places, ends), int(ends[-1])
         where = np.arange(filled) + np.repeat(begins - (ends - places), places)
         for name in ("tokens", "labels"):  # padding inside a place reads on, maybe past the end, and is emptied below
-            row[name][:filled] = self._tokens.take(where, mode="raise" if self.packing.plain else "clip")
+            row[name][:filled] = self._tokens.take(where, mode="raise" if self._plain else "clip")
             where += 1
         values, runs = self._weights(documents, begins, lengths)
-        if not self.packing.plain:
+        if not self._plain:
             inside = places - lengths
             empty = np.arange(inside.sum()) + np.repeat(ends - np.cumsum(inside), inside)
             row["tokens"][empty] = row["labels"][empty] = 0

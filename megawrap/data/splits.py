@@ -88,23 +88,23 @@ def parse(splits: str | Path | Sequence[str], *, base_dir: Path | None = None) -
     write ' or \\". A # at the start of a line or after a space begins a comment.
 
     Args:
-        splits: a file, one or several lines of text, or a list of such strings.
+        splits: a file, one or several lines of text, or a list of such strings and files.
         base_dir: what relative prefixes (and a relative file) start from; default the splits file's directory for a
             file, the working directory for strings.
 
     Raises:
         DataError: anything is wrong; the message names every problem with file and line.
     """
-    reader = _Reader()
-    if isinstance(splits, (str, Path)) and not _is_text(splits):
-        path = (base_dir or Path()) / Path(splits).expanduser()
-        reader.read_text(_read_file(path), str(splits), numbered=True)
-        base_dir = path.parent
-    else:
-        strings = [splits] if isinstance(splits, str) else list(splits)  # type: ignore[arg-type]
-        for number, text in enumerate(strings):
-            reader.read_text(str(text), "splits" if isinstance(splits, str) else f"splits[{number}]", numbered="\n" in str(text))
-    groups = [group for group in (reader.group(text, where, base_dir or Path()) for text, where in reader.found) if group]
+    reader, work_dir = _Reader(), base_dir or Path()
+    several = not isinstance(splits, (str, Path))
+    for number, text in enumerate(splits if several else [splits]):  # type: ignore[list-item,arg-type]
+        if _is_text(text) or (several and not (work_dir / Path(text).expanduser()).is_file()):
+            name = f"splits[{number}]" if several else "splits"
+            reader.read_text(str(text), name, work_dir, numbered="\n" in str(text))
+        else:
+            path = work_dir / Path(text).expanduser()
+            reader.read_text(_read_file(path), str(text), path.parent, numbered=True)
+    groups = [group for group in (reader.group(*found) for found in reader.found) if group]
     reader.check_groups(groups)
     if reader.problems:
         raise _refusal(reader.problems)
@@ -139,18 +139,18 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self.found: list[tuple[str, str]] = []  # text of a group, where it stands
+        self.found: list[tuple[str, str, Path]] = []  # text of a group, where it stands, what its relative prefixes start from
 
-    def read_text(self, text: str, name: str, *, numbered: bool | str) -> None:
+    def read_text(self, text: str, name: str, base_dir: Path, *, numbered: bool) -> None:
         for number, line in enumerate(text.splitlines() or [""], start=1):
             where = f"{name}:{number}" if numbered else name
             stripped = line.strip()
             if stripped.startswith('"'):
-                self._quoted_groups(stripped, where)
+                self._quoted_groups(stripped, where, base_dir)
             elif stripped and not stripped.startswith("#"):
-                self.found.append((stripped, where))
+                self.found.append((stripped, where, base_dir))
 
-    def _quoted_groups(self, line: str, where: str) -> None:
+    def _quoted_groups(self, line: str, where: str, base_dir: Path) -> None:
         position = 0
         while position < len(line) and line[position] != "#":
             if line[position] != '"':
@@ -160,7 +160,7 @@ class _Reader:
             if match is None:
                 self.problems.append(f"{where}: missing quote: the group that begins {line[position : position + 30]!r} is not closed")
                 return
-            self.found.append((match[1].replace('\\"', '"'), where))
+            self.found.append((match[1].replace('\\"', '"'), where, base_dir))
             position = match.end()
 
     def group(self, text: str, where: str, base_dir: Path) -> Group | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megawrap.data.blend import Blend, Once
-from megawrap.data.loader import EvalLoader, Loader, collate
-from megawrap.data.packing import pack
+from megawrap.data.loader import EvalLoader, Loader, RowPadding, collate
+from megawrap.data.packing import one_a_row, pack
 from megawrap.data.rows import RowDataset, empty_row
 from megawrap.data.samples import select
 from megawrap.errors import ConfigError
@@ -107,6 +108,57 @@ def test_a_micro_batch_is_its_rows_end_to_end(tmp_path: Path) -> None:
         assert (batch[name][:SEQ] == one[name]).all() and (batch[name][2 * SEQ :] == two[name]).all()
     assert batch["segment_lengths"].tolist() == [*one["segment_lengths"], SEQ, *two["segment_lengths"]]
     assert batch["sample_ids"].tolist() == [*one["sample_ids"], *two["sample_ids"]]
+
+
+def single_rows(prefix: Path, **options: Any) -> RowDataset:
+    """Packing none."""
+    dataset = write(prefix, samples(5, 150))
+    return RowDataset(dataset, one_a_row(select(dataset, 0, 150, seq_length=SEQ, overlong="split"), SEQ, 3, **options), seq_length=SEQ)
+
+
+@pytest.mark.parametrize("whole_batch", [False, True])
+@pytest.mark.parametrize(("dp_size", "micro", "multiple"), [(1, 1, 1), (1, 4, 1), (2, 2, 2), (4, 2, 8), (8, 1, 3)])
+def test_single_rows_are_padded_to_one_length_on_all_ranks(
+    tmp_path: Path, dp_size: int, micro: int, multiple: int, whole_batch: bool
+) -> None:
+    rows = single_rows(tmp_path / "d")
+    order, padding = Blend([rows], [1], seed=9), RowPadding(multiple=multiple, whole_batch=whole_batch)
+    options = {"dp_size": dp_size, "micro_batch_size": micro, "global_batch_size": GLOBAL, "padding": padding}
+    loaders = [Loader(order, dp_rank=rank, **options) for rank in range(dp_size)]  # type: ignore[arg-type]
+    for start in (0, GLOBAL, 10 * GLOBAL, 5):
+        plain = order.rows(start + np.arange(GLOBAL))
+        by_rank = [loader.micro_batches(start) for loader in loaders]
+        shapes = [[len(batch["tokens"]) // micro for batch in batches] for batches in by_rank]
+        assert all(shape == shapes[0] for shape in shapes)
+        for m, length in enumerate(shapes[0]):
+            members = plain if whole_batch else plain[m * dp_size * micro : (m + 1) * dp_size * micro]
+            longest = max(len(row["tokens"]) for row in members)
+            assert length % multiple == 0 and longest <= length < longest + multiple
+            for rank in range(dp_size):
+                batch = by_rank[rank][m]
+                for j in range(micro):
+                    row, spot = plain[(m * dp_size + rank) * micro + j], slice(j * length, (j + 1) * length)
+                    filled = len(row["tokens"])
+                    for name in ("tokens", "labels", "weights"):
+                        assert batch[name][spot].tolist() == row[name].tolist() + [0] * (length - filled)
+                    assert batch["position_ids"][spot].tolist() == [*range(filled), *range(length - filled)]
+                mine = [plain[(m * dp_size + rank) * micro + j] for j in range(micro)]
+                lengths = [len(row["tokens"]) for row in mine]
+                assert batch["segment_lengths"].tolist() == [n for x in lengths for n in (x, length - x) if n]
+                assert batch["sample_ids"].tolist() == [int(row["sample_ids"][0]) for row in mine]
+                assert (batch["num_tokens"], batch["squared_lengths"]) == (sum(lengths), sum(x * x for x in lengths))
+
+
+def test_evaluation_of_single_rows_ends_with_rows_of_padding(tmp_path: Path) -> None:
+    rows = single_rows(tmp_path / "d", multiple=4)
+    loader = EvalLoader(
+        Once([rows]), dp_rank=0, dp_size=1, micro_batch_size=4, global_batch_size=16, padding=RowPadding(multiple=8)
+    )  # fmt: skip
+    batches = [micro for batch in loader for micro in batch]
+    assert len(rows) % 16 and {len(batch["tokens"]) % 32 for batch in batches} == {0}
+    assert len(batches[-1]["sample_ids"]) == 0 and len(batches[-1]["tokens"]) == 4 * 8 and not batches[-1]["weights"].any()
+    assert sum(float(batch["weights"].sum()) for batch in batches) == rows.packing.counts.supervised
+    assert sum(batch["num_tokens"] for batch in batches) == rows.packing.counts.positions
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megawrap.config import DataConfig, ObjectiveConfig
+from megawrap.config import DataConfig, FimConfig, ObjectiveConfig
 from megawrap.data.plan import Plan, build
 from megawrap.data.splits import parse
+from megawrap.data.tokenizer import Tokenizer
 from megawrap.data_plan import main
-from megawrap.errors import EXIT_CORRUPT, EXIT_USAGE, DataError
+from megawrap.errors import EXIT_CORRUPT, EXIT_USAGE, ConfigError, DataError
 from tests.data.documents import END, VOCAB, Document, flat, samples, windows, write
+from tests.data.fim_tokenizer import SANTACODER, write_fim_tokenizer, write_texts
 
 SEQ = 32
 
@@ -33,7 +35,11 @@ def corpus(tmp_path: Path) -> dict[str, list[Document]]:
 
 
 def plan_of(tmp_path: Path, *groups: str, objective: ObjectiveConfig | None = None, **options: Any) -> Plan:
-    data = {name: options.pop(name) for name in ("seq_length", "overlong", "seed", "cache_dir") if name in options}
+    data = {
+        name: options.pop(name)
+        for name in ("seq_length", "overlong", "seed", "cache_dir", "packing", "pad_to_multiple", "tokenizer", "fim")
+        if name in options
+    }
     given = {"global_batch_size": 4, "iterations": 10, **options}
     config = DataConfig(splits=list(groups), **{"seq_length": SEQ, **data})
     return build(parse(groups, base_dir=tmp_path), config, objective or ObjectiveConfig(), **given)
@@ -109,6 +115,67 @@ def test_the_fingerprint_follows_what_is_trained_on(tmp_path: Path, corpus: dict
     write(tmp_path / "b", samples(99, 80, longest=10))
     others.append(plan_of(tmp_path, *GROUPS))
     assert len({base, *(other.fingerprint for other in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none", "concat"])
+def test_a_longer_run_keeps_every_earlier_row_in_place(tmp_path: Path, corpus: dict[str, list[Document]], packing: str) -> None:
+    short = plan_of(tmp_path, *GROUPS, iterations=10, packing=packing)
+    long = plan_of(tmp_path, *GROUPS, iterations=5000, packing=packing, cache_dir=str(tmp_path / "elsewhere"))
+    rows = 3 * short.report[0].rows  # over the borders of epochs
+    for one, other in zip(short.train.rows(np.arange(rows)), long.train.rows(np.arange(rows)), strict=True):
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    assert short.fingerprint == long.fingerprint
+
+
+@pytest.mark.parametrize("packing", ["none", "concat"])
+def test_other_ways_to_make_rows_train_on_the_same_tokens(tmp_path: Path, corpus: dict[str, list[Document]], packing: str) -> None:
+    usual, other = plan_of(tmp_path, *GROUPS, overlong="split"), plan_of(tmp_path, *GROUPS, overlong="split", packing=packing)
+    table, facts = other.table(), other.to_dict()
+    assert usual.fingerprint != other.fingerprint and facts["packing"] == packing
+    for one, two in zip(usual.report, other.report, strict=True):
+        for a, b in zip(one.sources, two.sources, strict=True):
+            if packing == "none":
+                assert b.counts == a.counts and b.rows == b.counts.pieces and b.row_positions == b.counts.positions
+            else:
+                assert b.counts.kept_tokens == b.counts.tokens and b.rows == -(-b.counts.positions // SEQ)
+                joints = sum(document[0][1] == [] for document in _with_tokens(corpus[b.prefix.name], b.range))
+                assert a.counts.supervised <= b.counts.supervised <= a.counts.supervised + joints + 1
+            assert f"{b.rows:,}" in table
+    drawn = other.train.rows(np.arange(4000))
+    assert sum(row["weights"].sum() for row in drawn) / 1000 == pytest.approx(other.trained_tokens_per_iteration, rel=0.02)
+    assert sum(len(row["tokens"]) for row in drawn) / 1000 == pytest.approx(other.positions_per_iteration, rel=0.02)
+    assert ("at most 32 and on average" in table) == (packing == "none")
+    assert any("end token" in note for note in other.notes) == (packing == "concat")  # the test's data does not say that it has one
+
+
+def _with_tokens(documents: list[Document], span: tuple[int, int]) -> list[Document]:
+    return [document for document in documents[slice(*span)] if flat(document)[0]]
+
+
+def test_padding_to_a_multiple_fills_less(tmp_path: Path, corpus: dict[str, list[Document]]) -> None:
+    plain, padded = (plan_of(tmp_path, *GROUPS, pad_to_multiple=multiple).report[0].sources[0] for multiple in (1, 8))
+    assert padded.rows > plain.rows and padded.fill < plain.fill and padded.counts == plain.counts
+
+
+def test_fill_in_the_middle_is_planned_and_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_fim_tokenizer(tmp_path / "tok"))
+    write_texts(tmp_path / "t", tokenizer, [(f"context {n}", f"text number {n}") for n in range(120)])
+    groups, options = ("train: 1 0:0.9 t", "valid: 1 0.9:1 t"), {"tokenizer": str(tmp_path / "tok"), "seq_length": 96}
+    plain = plan_of(tmp_path, *groups, **options)
+    plan = plan_of(tmp_path, *groups, **options, fim=FimConfig(rate=0.5))
+    assert any("fill-in-the-middle: 50% of the training samples" in note for note in plan.notes)
+    assert plan.report[0].rows > plain.report[0].rows and plan.report[1] == plain.report[1], "evaluation is as it was"
+    assert sum(row["fim"] for row in plan.train.rows(np.arange(40)))[0] > 10
+    assert all("fim" not in row for row in plan.groups["valid"].rows(np.arange(3)))
+    prints = [plan_of(tmp_path, *groups, **options, fim=fim).fingerprint for fim in (
+        FimConfig(), FimConfig(spm_rate=0.1), FimConfig(rate=0.5), FimConfig(rate=0.6), FimConfig(rate=0.5, spm_rate=0.1),
+        FimConfig(rate=0.5, loss="middle"),
+    )]  # fmt: skip
+    assert prints[0] == prints[1] == plain.fingerprint and len(set(prints)) == 5
+    write_fim_tokenizer(tmp_path / "other", SANTACODER)
+    message = refusal(tmp_path, *groups, tokenizer=str(tmp_path / "other"), fim=FimConfig(rate=0.5))
+    assert Tokenizer(tmp_path / "other").sha256[:12] in message and tokenizer.sha256[:12] in message
+    assert "without data.tokenizer" in refusal(tmp_path, *groups, fim=FimConfig(rate=0.5))
 
 
 def test_weights_reach_the_loss_only_by_normalize(tmp_path: Path, corpus: dict[str, list[Document]]) -> None:
@@ -232,6 +299,20 @@ def test_the_command(tmp_path: Path, corpus: dict[str, list[Document]], capsys: 
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(DataError, match="there is no train group"):
         main(["--splits", "valid: 1 0:1 x"])
+
+
+def test_the_command_plans_other_modes(tmp_path: Path, corpus: dict[str, list[Document]], capsys: pytest.CaptureFixture[str]) -> None:
+    group = f"train: 1 0:1 '{tmp_path}/c'"
+    for packing, rows in (("none", 40), ("concat", None)):
+        assert main(["--splits", group, "--json", "--packing", packing, "--seq-length", "32", "--pad-to-multiple", "4"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["packing"] == packing and facts["groups"][0]["rows"] == (
+            rows or -(-(facts["groups"][0]["sources"][0]["counts"]["tokens"] - 1) // 32)
+        )
+    with pytest.raises(ConfigError, match=r"data.fim.rate is 0.5 without data.tokenizer"):
+        main(["--splits", group, "--fim-rate", "0.5"])
+    with pytest.raises(ConfigError, match=r"data.seq_length 30 is not a multiple of data.pad_to_multiple 4"):
+        main(["--splits", group, "--seq-length", "30", "--pad-to-multiple", "4"])
 
 
 def test_the_command_reads_recipes(tmp_path: Path, corpus: dict[str, list[Document]], capsys: pytest.CaptureFixture[str]) -> None:

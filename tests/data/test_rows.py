@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from megawrap.config import OverlongPolicy
-from megawrap.data.packing import pack
+from megawrap.data.packing import one_a_row, pack
 from megawrap.data.rows import Row, RowDataset, empty_row
 from megawrap.data.samples import select
+from megawrap.data.stream import cut_stream
 from megawrap.errors import EXIT_USAGE, DataError
 from tests.data.documents import END, Document, flat, sample, samples, segment, windows, write
 
@@ -137,6 +139,88 @@ def test_no_label_comes_from_the_next_sample(tmp_path: Path) -> None:
         real = row["weights"] > 0
         assert (row["tokens"][real] // 10 == row["labels"][real] // 10).all()
         assert (row["labels"][real] == row["tokens"][real] + 1).all()
+
+
+@pytest.mark.parametrize("normalize", ["token", "target"])
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+@pytest.mark.parametrize("reserve", [0, 3])
+def test_places_hold_a_sample_and_empty_positions(tmp_path: Path, multiple: int, reserve: int, normalize: str) -> None:
+    """Segment by segment the row is the oracle's sample, then padding up to its place; also at the end of the file."""
+    documents, seq_length = samples(15, 90, longest=15), 40
+    dataset = write(tmp_path / "d", documents)
+    pieces = select(dataset, 0, len(documents), seq_length=seq_length, overlong="split")
+    for make in (pack, one_a_row):
+        packing = make(pieces, seq_length, 5, reserve=reserve, multiple=multiple)
+        rows = RowDataset(dataset, packing, seq_length=seq_length, normalize=normalize, seed=2)  # type: ignore[arg-type]
+        wanted = sorted(
+            (d, segment(documents[d], start, length, "outputs", normalize))
+            for d in range(len(documents))
+            for start, length in windows(documents[d], seq_length, "split", "outputs")
+        )
+        for epoch in (0, 1, 2):
+            found, lengths = [], rows.row_lengths(np.arange(len(rows)))
+            for index in range(len(rows)):
+                row, at = rows.row(index, epoch), 0
+                assert rows.sample_ids(index, epoch).tolist() == row["sample_ids"].tolist()
+                assert len(row["tokens"]) == lengths[index] == row["segment_lengths"].sum()
+                assert make is one_a_row or lengths[index] == seq_length
+                real = row["sample_lengths"].tolist()
+                for document, place, filled in zip(row["sample_ids"].tolist(), row["segment_lengths"].tolist(), real, strict=False):
+                    assert place == min(-(-(filled + reserve) // multiple) * multiple, seq_length)
+                    names = ("tokens", "labels", "position_ids", "weights")
+                    positions = list(zip(*(row[name][at : at + place].tolist() for name in names), strict=True))
+                    assert positions[filled:] == [(0, 0, filled + i, 0.0) for i in range(place - filled)]
+                    found.append((document, positions[:filled]))
+                    at += place
+                assert not row["weights"][at:].any() and not row["tokens"][at:].any()
+            assert [(d, [p[:3] for p in ps]) for d, ps in sorted(found)] == [(d, [p[:3] for p in ps]) for d, ps in wanted]
+            for (_, one), (_, other) in zip(sorted(found), wanted, strict=True):
+                assert [p[3] for p in one] == pytest.approx([p[3] for p in other], rel=1e-6)
+
+
+def test_an_epoch_holds_every_sample_once_in_other_company(tmp_path: Path) -> None:
+    documents = samples(16, 150, longest=9)
+    dataset = write(tmp_path / "d", documents)
+    packing = pack(select(dataset, 0, 150, seq_length=40, overlong="split"), 40, 5)
+    rows, still = (RowDataset(dataset, packing, seq_length=40, seed=seed) for seed in (2, None))
+    company = []
+    for epoch in range(3):
+        contents = [rows.row(index, epoch) for index in range(len(rows))]
+        assert sorted(d for row in contents for d in row["sample_ids"].tolist()) == sorted(packing.document.tolist())
+        assert [row["segment_lengths"].tolist() for row in contents] == [
+            still.row(index)["segment_lengths"].tolist() for index in range(len(rows))
+        ]  # fmt: skip
+        company.append({tuple(sorted(row["sample_ids"].tolist())) for row in contents})
+        assert all(np.array_equal(still.row(0, epoch)[name], still.row(0)[name]) for name in DTYPES)
+    assert len(company[0] & company[1]) < 0.1 * len(rows) and len(company[1] & company[2]) < 0.1 * len(rows)
+    again = RowDataset(dataset, packing, seq_length=40, seed=2)
+    assert again.row(4, 2)["tokens"].tolist() == contents[4]["tokens"].tolist()
+
+
+def test_no_array_of_a_row_grows_with_its_square(tmp_path: Path) -> None:
+    """The largest array that is made while a row of 8192 is read, whatever holds it: a mask would have 67 million elements."""
+    rng = np.random.default_rng(1)
+    documents: list[Document] = [
+        [(0, rng.integers(1, 9, n).tolist()), (1, rng.integers(1, 9, n).tolist())] for n in (4000, 300, 2000, 90) * 3
+    ]
+    dataset = write(tmp_path / "d", documents)
+    pieces = select(dataset, 0, len(documents), seq_length=8192, overlong="split")
+    for packing in (
+        pack(pieces, 8192, 1),
+        pack(pieces, 8192, 1, multiple=64),
+        cut_stream(dataset, 0, 12, seq_length=8192, loss_on="all", key=1),
+    ):
+        rows = RowDataset(dataset, packing, seq_length=8192, vocab_size=9, seed=1, loss_on="all" if packing.mode == "concat" else "outputs")
+        rows.row(0, 1)
+        tracemalloc.start()
+        try:
+            rows.row(0, 1)
+            largest = tracemalloc.get_traced_memory()[1]
+            mask = np.ones((8192, 8192), dtype=bool)
+            assert tracemalloc.get_traced_memory()[1] >= mask.nbytes, "numpy's arrays are seen"
+        finally:
+            tracemalloc.stop()
+        assert largest < 16 * 8192 * 8
 
 
 def test_an_empty_row_trains_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,6 +70,53 @@ def test_a_quoted_prefix_holds_anything(tmp_path: Path, name: str, outer: bool) 
 
 def test_an_unquoted_prefix_may_hold_colons_and_quotes() -> None:
     assert parse(["train: 1 0:1 /d/o'b:c#1"]).train.sources[0].prefix == Path("/d/o'b:c#1")
+
+
+def as_the_fork_reads(line: str) -> list[tuple[str, list[tuple[float, float, float, str]]]]:
+    """The rule of the BigCode fork's arguments.py, said again: a line in quotes, `" "` between groups, commas, three words."""
+    assert line[0] == '"' and line[-2:] == '"\n'
+    groups = []
+    for value in line[1:-2].split('" "'):
+        name, _, datasets = value.partition(":")
+        entries = []
+        for dataset in datasets.split(","):
+            weight, span, path = dataset.split()
+            start, end = span.split(":")
+            entries.append((float(weight), float(start), float(end), path))
+        groups.append((name, entries))
+    return groups
+
+
+PATHS = st.from_regex(r"/[A-Za-z0-9_.:/@+=~-]{1,20}[a-z]", fullmatch=True)
+ENTRY = st.tuples(st.sampled_from(["1.0", "0.3", "1e-2", "7", ".5"]), st.sampled_from(["0:0.9", "0.0:0.95", "0:.5"]), PATHS)
+
+
+@given(st.lists(ENTRY, min_size=1, max_size=4, unique_by=lambda entry: os.path.realpath(entry[2])), st.data())
+def test_the_forks_file_is_read_as_the_fork_reads_it(entries: list[tuple[str, str, str]], data: st.DataObject) -> None:
+    spaces = data.draw(st.sampled_from([", ", ",", " , ", ",  "]))
+    train = data.draw(st.sampled_from(["train", "TRAIN", "Train"])) + data.draw(st.sampled_from([":", ": "]))
+    valid = [f"valid_{n}: {weight} 0.95:1.0 {path}" for n, (weight, _, path) in enumerate(entries[:2])]
+    line = '"' + '" "'.join([train + spaces.join(" ".join(entry) for entry in entries), *valid]) + '"\n'
+    with tempfile.TemporaryDirectory() as folder:
+        splits = parse(written(Path(folder), line))
+    found = [(group.name, [(s.weight, s.start, s.end, str(s.prefix)) for s in group.sources]) for group in splits.groups]
+    wanted = [(name, [(*numbers, str(Path(path))) for *numbers, path in group]) for name, group in as_the_fork_reads(line)]
+    assert found == [("train", wanted[0][1]), *wanted[1:]]
+
+
+def test_a_list_may_name_files(tmp_path: Path) -> None:
+    """The fork keeps its groups for training and for validation in files of their own."""
+    (tmp_path / "sub").mkdir()
+    train, valid = tmp_path / "train.txt", tmp_path / "sub" / "valid.txt"
+    train.write_text('"train: 1.0 0:0.95 a, 0.3 0:1 /b"\n')
+    valid.write_text('"valid_a: 1 0:1 c" "valid_b: 1 0:1 d"\n')
+    splits = parse([str(train), str(valid), "test: 1 0.95:1 e"], base_dir=tmp_path)
+    assert [[str(s.prefix) for s in group.sources] for group in splits.groups] == [
+        [str(tmp_path / "a"), "/b"], [str(tmp_path / "sub" / "c")], [str(tmp_path / "sub" / "d")], [str(tmp_path / "e")],
+    ]  # fmt: skip
+    valid.write_text('"valid_a: 1 0.5:0.1 c"\n')
+    assert f"{valid}:1: group valid_a, entry 1" in refusal([str(train), str(valid)])
+    assert "splits[1]" in refusal([str(train), str(tmp_path / "absent.txt")])
 
 
 @given(st.integers(0, 10**7), st.lists(st.integers(0, 1000), min_size=1, max_size=6, unique=True))

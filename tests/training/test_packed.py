@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megawrap import parallel
+from megawrap.data.loader import RowPadding
 from megawrap.models.batch import Batch
 from tests import ranks
 from tests.training import tiny_layout
@@ -35,8 +36,24 @@ def _alone(row: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     return rows
 
 
+def _single(row: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The same rows without padding: packing none, before the loader makes them equal."""
+    rows = []
+    for alone in _alone(row):
+        length = int(alone["segment_lengths"][0])
+        rows.append({
+            **{name: alone[name][:length] for name in ("tokens", "labels", "weights", "position_ids")},
+            "segment_lengths": alone["segment_lengths"][:1], "sample_ids": alone["sample_ids"],
+        })  # fmt: skip
+    return rows
+
+
 class _Listed(SeededRows):
     """Rows given one by one."""
+
+    def row_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """See `megawrap.data.loader.UnequalRows`."""
+        return np.array([len(row["tokens"]) for row in self.rows(numbers)])
 
     def __init__(self, rows: list[dict[str, np.ndarray]]) -> None:
         super().__init__()
@@ -46,10 +63,11 @@ class _Listed(SeededRows):
         return [self.listed[int(number) % len(self.listed)] for number in numbers]
 
 
-def _losses(family: str, args: tuple[Any, ...], packed: bool, options: dict[str, Any]) -> list[float]:
+def _losses(family: str, args: tuple[Any, ...], how: str, options: dict[str, Any]) -> list[float]:
     """Losses of the trained positions of twelve samples, in order, from the last stage."""
     whole = SeededRows(masked_every=10**6).rows(np.arange(1, 5))
-    rows = whole if packed else [alone for row in whole for alone in _alone(row)]
+    apart = {"packed": lambda row: [row], "alone": _alone, "none": _single}[how]
+    rows = [part for row in whole for part in apart(row)]
     trainer = tiny_layout.build(family, *args, rows=_Listed(rows), global_batch_size=len(rows), **options)
     seen: list[float] = []
     compute = trainer.objective.loss
@@ -74,7 +92,53 @@ def _losses(family: str, args: tuple[Any, ...], packed: bool, options: dict[str,
 )
 def test_packed_equals_unpacked_sample_by_sample(family: str, args: tuple[int, ...], options: dict[str, Any]) -> None:
     world = int(np.prod(args[:2])) if args else 1
-    packed = max(ranks.run(world, _losses, family, args, True, options), key=len)
-    alone = max(ranks.run(world, _losses, family, args, False, options), key=len)
+    packed = max(ranks.run(world, _losses, family, args, "packed", options), key=len)
+    alone = max(ranks.run(world, _losses, family, args, "alone", options), key=len)
     assert len(packed) == len(alone) > 20
     assert packed == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "llama"])
+@pytest.mark.parametrize(
+    ("args", "options", "padding"),
+    [
+        ((), {}, RowPadding()),
+        ((), {"micro_batch_size": 2}, RowPadding(multiple=8)),
+        ((2, 1), {"sequence_parallel": True}, RowPadding(multiple=2)),
+        ((1, 2), {"micro_batch_size": 3}, RowPadding(whole_batch=True)),
+        ((1, 2, 3), {}, RowPadding(whole_batch=True)),
+        ((2, 2), {"sequence_parallel": True, "micro_batch_size": 2}, RowPadding(multiple=2, whole_batch=True)),
+    ],
+    ids=["single", "two-rows", "tp2-sp", "pp2-three-rows", "pp2-vpp3", "tp2-sp-pp2"],
+)
+def test_packing_none_equals_packed_sample_by_sample(
+    family: str, args: tuple[int, ...], options: dict[str, Any], padding: RowPadding
+) -> None:
+    packed = ranks.run(1, _losses, family, (), "packed", {})[0]
+    world = int(np.prod(args[:2])) if args else 1
+    none = max(ranks.run(world, _losses, family, args, "none", {**options, "padding": padding}), key=len)
+    assert len(packed) == len(none) > 20
+    assert none == pytest.approx(packed, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, None, 2), (2, 1, None, 1), (1, 2, None, 1), (1, 2, 2, 2)], ids=str)
+def test_packing_none_trains_alike_in_every_layout(layout: tuple[Any, ...]) -> None:
+    """Losses and gradient norms of three steps over micro-batches of different length against the single process."""
+    tp, pp, vpp, dp = layout
+    single = ranks.run(1, _steps, (), RowPadding())[0]
+    got = ranks.run(tp * pp * dp, _steps, (tp, pp, vpp, dp), RowPadding(multiple=tp, whole_batch=pp > 1))
+    for rank in got:
+        for mine, theirs in zip(rank, single, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def _steps(args: tuple[Any, ...], padding: RowPadding) -> list[tuple[float, float]]:
+    rows = [single for row in SeededRows(masked_every=10**6).rows(np.arange(1, 9)) for single in _single(row)]
+    options = {
+        "layers": 4,
+        "rows": _Listed(rows),
+        "global_batch_size": 8,
+        "padding": padding,
+        "sequence_parallel": bool(args) and args[0] > 1,
+    }
+    return tiny_layout.losses(3, "llama", *args, options=options)

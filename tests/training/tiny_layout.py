@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megawrap import families, objectives, parallel
 from megawrap.checkpoint import state as checkpoint_state
 from megawrap.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from megawrap.data.loader import Loader
+from megawrap.data.loader import Loader, RowPadding
 from megawrap.models import gpt, weights
 from megawrap.parallel import Layout
 from megawrap.training.loop import Progress, Trainer
@@ -62,7 +62,7 @@ def build(
     family: str, tp: int = 1, pp: int = 1, vpp: int | None = None, dp: int = 1, *, sequence_parallel: bool = False,
     distributed: bool = False, micro_batch_size: int = 1, global_batch_size: int = 12, precision: str = "fp32", layers: int = 6,
     rows: SeededRows | None = None, recompute: str = "none", lr: float = 1e-3,
-    overlap: bool = False, **train: Any,
+    overlap: bool = False, padding: RowPadding | None = None, **train: Any,
 ) -> Trainer:  # fmt: skip
     """A trainer on this rank."""
     layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=dp, sequence_parallel=sequence_parallel)
@@ -78,7 +78,7 @@ def build(
     config = Config(run="unused", model=ModelConfig(family=family), data=DataConfig(splits="x"), optim=optim, train=options)
     loader = Loader(
         rows or SeededRows(), dp_rank=parallel.dp_rank(), dp_size=dp, micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
+        global_batch_size=global_batch_size, padding=padding,
     )  # fmt: skip
     return Trainer(
         config=config, architecture=architecture, chunks=chunks,
