@@ -2,13 +2,14 @@
 # make test     all tests              make lint    ruff and mypy
 # make demo     the whole of megawrap on this machine, in minutes
 # make scorecard the fault tests and their figures   make bench   training speed beside its peers
+# make gpu      on a machine with a GPU: the tests that need one, then speed, memory and MFU beside the peers
 #
 # Every path below is relative, so that a checkout whose own path holds spaces works.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint scorecard bench clean
+.PHONY: help env test demo lint scorecard bench gpu clean
 
 BIN := .venv/bin
 STAMP := .venv/.ready
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 env: $(STAMP)
 
@@ -51,6 +52,11 @@ scorecard: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+gpu: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt accelerate trl
+	$(BIN)/python -m pytest -m gpu -q
+	$(BIN)/python benchmarks/train.py --device cuda $(ARGS)
 
 clean:
 	rm -rf .venv .demo
