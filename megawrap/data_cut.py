@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from megawrap.data.concat import document_blocks
     from megawrap.data.format import IndexedDataset, IndexedWriter
+    from megawrap.data.view_text import Style, visible
     from megawrap.data_merge import facts_of_samples, source_of
     from megawrap.io import require_free_space
 
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         for block in document_blocks(dataset, first=first, stop=last):
             writer.add(*block)
         writer.commit(manifest)
-    print(f"{output}: documents {first:,}:{last:,} of {dataset.num_documents:,}, {tokens:,} of {dataset.num_tokens:,} tokens")
+    name = visible(str(output), Style())
+    print(f"{name}: documents {first:,}:{last:,} of {dataset.num_documents:,}, {tokens:,} of {dataset.num_tokens:,} tokens")
     return EXIT_OK
 
 

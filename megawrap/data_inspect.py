@@ -180,14 +180,14 @@ def _print_json(views: Sequence[View], accounts: Sequence[Account], notes: Seque
 
 def _print_text(views: Sequence[View], accounts: Sequence[Account], inspection: Inspection, args: argparse.Namespace) -> None:
     from megawrap.data.statistics_table import render as render_account
-    from megawrap.data.view_text import render, style_for
+    from megawrap.data.view_text import render, style_for, visible
 
     style = style_for(sys.stdout, {None: "auto", True: "always", False: "never"}[args.color])
     blocks = [render_account(account, style) for account in accounts] + [render(view, style, ids=args.ids) for view in views]
     if len(views) > 1:
         trained = sum(segment.trained for view in views for segment in view.segments)
         blocks.append(f"{len(views):,} shown, {trained:,} trained tokens")
-    blocks += [f"note: {note}" for note in inspection.notes]
+    blocks += [f"note: {visible(note, style)}" for note in inspection.notes]
     text = "\n\n".join(blocks)
     if text:
         encoding = sys.stdout.encoding or "utf-8"
@@ -195,6 +195,7 @@ def _print_text(views: Sequence[View], accounts: Sequence[Account], inspection: 
 
 
 def _write_files(args: argparse.Namespace, views: Sequence[View], accounts: Sequence[Account], inspection: Inspection) -> None:
+    from megawrap.data.view_text import Style, visible
     from megawrap.io import atomic_write
 
     said = sys.stderr if args.json else sys.stdout
@@ -205,13 +206,13 @@ def _write_files(args: argparse.Namespace, views: Sequence[View], accounts: Sequ
         from megawrap.data.statistics_plot import draw
 
         draw(accounts, args.png)
-        print(f"picture: {args.png}", file=said)
+        print(f"picture: {visible(str(args.png), Style())}", file=said)
     if args.html is not None:
         from megawrap.data.page import render
 
         title = f"{inspection.prefix.name if inspection.prefix is not None else inspection.group} as it is trained on"
         atomic_write(args.html, render(title, views, accounts, inspection.notes).encode())
-        print(f"page: {args.html}", file=said)
+        print(f"page: {visible(str(args.html), Style())}", file=said)
 
 
 if __name__ == "__main__":

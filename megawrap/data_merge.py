@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from megawrap.data.concat import concatenate, require_alike
     from megawrap.data.format import IndexedDataset
+    from megawrap.data.view_text import Style, visible
     from megawrap.io import require_free_space
 
     output = Path(args.output)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     whole = concatenate(args.inputs, output, _manifest(parts, [one["trained_tokens"] for one in found]))
     counts = whole["counts"]
     sizes = " + ".join(f"{part.num_documents:,}" for part in parts)
-    print(f"{output}: {counts['documents']:,} documents ({sizes}), {counts['tokens']:,} tokens")
+    print(f"{visible(str(output), Style())}: {counts['documents']:,} documents ({sizes}), {counts['tokens']:,} tokens")
     return EXIT_OK
 
 

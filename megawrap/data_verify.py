@@ -102,6 +102,7 @@ def _show(reports: Sequence[dict[str, Any]], as_json: bool) -> None:
 
 def _table(report: dict[str, Any]) -> str:
     """What was proven about one dataset, a line for each fact."""
+    from megawrap.data.view_text import Style, visible
     from megawrap.io import readable_size
 
     size, trained = sum(report["files"].values()), report["trained_tokens"]
@@ -112,7 +113,7 @@ def _table(report: dict[str, Any]) -> str:
         "no sequence modes: usable with loss_on all" if trained is None else f"{trained:,} tokens, {100 * trained / report['tokens']:.1f} %"
     )
     rows = [
-        ("verified", report["prefix"]),
+        ("verified", visible(report["prefix"], Style())),
         ("read", f"{readable_size(size)} in {report['seconds']:.2f} s, {size / 1e9 / max(report['seconds'], 1e-9):.2f} GB/s"),
         ("documents", f"{report['documents']:,} ({report['sequences']:,} sequences, {report['tokens']:,} tokens of {report['dtype']})"),
         ("structure", "lengths, pointers, document indices and modes agree with each other and with the size of .bin"),

@@ -231,6 +231,30 @@ def test_an_output_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureF
     assert content(tmp_path / "one") == before
 
 
+@pytest.mark.parametrize(
+    "name", ["with space", "it's", 'a"b', "new\nline", "日本語 🙂", "a,b:c", "%", "$HOME", "*", "x" * 240, "a.b.c", "\x1b[31mred"]
+)
+def test_any_name_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Works, or refuses in a sentence, for every command that takes a prefix; nothing of a name reaches the terminal raw."""
+    from megawrap import data_inspect, data_verify
+
+    documents.write(tmp_path / "plain", documents.samples(1, 9))
+    odd, again = str(tmp_path / name), str(tmp_path / f"{name}2")
+    codes = [data_cut.main([str(tmp_path / "plain"), odd, "--documents", ":"])]
+    if len(name) < 200:
+        assert content(Path(odd)) == content(tmp_path / "plain")
+        codes += [
+            data_merge.main([again, "--inputs", odd]),
+            data_verify.main([again]),
+            data_inspect.main([again, "--row", "0", "--stats", "--seq-length", "32"]),
+            data_inspect.main([again, "--html", again + ".html", "--sample", "0"]),
+        ]
+        assert codes == [0] * 5
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err and "\x1b" not in told.out
+    assert codes == [0] * 5 or (codes == [EXIT_USAGE] and "too long" in told.err)
+
+
 KILLED = """
 import os, sys
 from megawrap import data_merge

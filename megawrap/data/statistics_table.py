@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megawrap.data.statistics import Statistics
-from megawrap.data.view_text import Style
+from megawrap.data.view_text import Style, visible
 
 _BAR_WIDTH = 40
 
@@ -109,8 +109,8 @@ def render(account: Account, style: Style) -> str:
     """An account as a table, a histogram and the mix."""
     rows = facts(account)
     width = max(len(name) for name, _ in rows)
-    lines = [f"statistics of {account.statistics.name}", *(f"{name:<{width}}  {value}".rstrip() for name, value in rows)]
-    return "\n".join([*lines, "", *_histogram(account.statistics, style), *_mix(account.mix)])
+    lines = [f"statistics of {visible(account.statistics.name, style)}", *(f"{name:<{width}}  {value}".rstrip() for name, value in rows)]
+    return "\n".join([*lines, "", *_histogram(account.statistics, style), *_mix(account.mix, style)])
 
 
 def _histogram(statistics: Statistics, style: Style) -> list[str]:
@@ -126,12 +126,12 @@ def _histogram(statistics: Statistics, style: Style) -> list[str]:
     return lines
 
 
-def _mix(mix: Sequence[Part]) -> list[str]:
+def _mix(mix: Sequence[Part], style: Style) -> list[str]:
     """A table of the sources; nothing when there is none."""
     if not mix:
         return []
     columns = list(dict.fromkeys(name for part in mix for name in part.numbers))
-    table = [("source", *columns), *((part.name, *(part.numbers.get(column, "") for column in columns)) for part in mix)]
+    table = [("source", *columns), *((visible(part.name, style), *(part.numbers.get(column, "") for column in columns)) for part in mix)]
     widths = [max(len(line[column]) for line in table) for column in range(len(columns) + 1)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip() for line in table

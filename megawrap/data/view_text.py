@@ -78,7 +78,7 @@ def render(view: View, style: Style, *, ids: bool = False) -> str:
         style: see `style_for`.
         ids: a line for every token, with position, id and weight, instead of running text.
     """
-    lines = [style.paint(view.title, _BOLD), view.facts]
+    lines = [style.paint(visible(view.title, style), _BOLD), view.facts]
     for segment in view.segments:
         if segment.title:
             lines.append(_border(segment, style))
@@ -89,7 +89,7 @@ def render(view: View, style: Style, *, ids: bool = False) -> str:
 
 
 def _border(segment: Segment, style: Style) -> str:
-    text = f"{style.rule * 2} {segment.title}, {segment.where} "
+    text = f"{style.rule * 2} {visible(segment.title, style)}, {segment.where} "
     return style.paint(text + style.rule * max(2, 100 - len(text)), _FAINT)
 
 
@@ -102,17 +102,18 @@ def _gutter(segment: Segment, first: int, trained: bool, style: Style, name: str
     )
 
 
-def _names(segment: Segment) -> dict[int, str]:
+def _names(segment: Segment, style: Style) -> dict[int, str]:
     """Name of the field that begins at a token, all of one width; empty where a sample has one field, and in rows."""
     if len(segment.parts) < 2:
         return {}
-    width = max(len(name) for _, name in segment.parts)
-    return {first: name.ljust(width) for first, name in segment.parts}
+    names = {first: visible(name, style) for first, name in segment.parts}
+    width = max(map(len, names.values()))
+    return {first: name.ljust(width) for first, name in names.items()}
 
 
 def _run_lines(segment: Segment, style: Style) -> Iterator[str]:
     """Running text, a new line where a run begins and where the text has one."""
-    names, name = _names(segment), ""
+    names, name = _names(segment, style), ""
     for trained, run in segment.runs():
         name = names.get(run[0].first, name)
         text = "".join(piece.text for piece in run)
@@ -134,7 +135,7 @@ def _lines(text: str) -> list[str]:
 
 def _id_lines(segment: Segment, style: Style) -> Iterator[str]:
     """Running ids, where no tokenizer is known."""
-    names, name = _names(segment), ""
+    names, name = _names(segment, style), ""
     for trained, run in segment.runs():
         name = names.get(run[0].first, name)
         numbers = " ".join(map(str, segment.ids[run[0].first : run[-1].last].tolist()))
@@ -143,7 +144,7 @@ def _id_lines(segment: Segment, style: Style) -> Iterator[str]:
 
 def _token_lines(segment: Segment, style: Style) -> Iterator[str]:
     """A line for every token; a quote sign repeats the text above, a character of several tokens."""
-    names, name = _names(segment), ""
+    names, name = _names(segment, style), ""
     yield style.paint(f"{'position':>8}  {'id':>7}  {'weight':>8}  text", _FAINT)
     for piece in segment.pieces:
         if piece.first in names:
