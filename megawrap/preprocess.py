@@ -239,7 +239,7 @@ def plan_of(args: argparse.Namespace, task: Task) -> Plan:
 
     part_bytes = max(1, int(args.part_mib * 2**20))
     parts = divide(task.names, part_bytes) if args.limit is None else (tuple(map(Piece, task.names)),)
-    return Plan(task.prefix, parts, identity_of(task.names, task.options.to_dict(), task.tokenizer.facts()))
+    return Plan(task.prefix, parts, task.options.twin_files, identity_of(task.names, task.options.to_dict(), task.tokenizer.facts()))
 
 
 def _run(args: argparse.Namespace, task: Task, plan: Plan) -> str:
@@ -258,7 +258,12 @@ def _run(args: argparse.Namespace, task: Task, plan: Plan) -> str:
         shutil.rmtree(plan.folder)
     started = time.monotonic()
     if len(plan.parts) > 1 or args.only_parts is not None or args.plan:
-        result = _run_parts(args, task, plan, size)
+        try:
+            result = _run_parts(args, task, plan, size)
+        except DataError:
+            if plan.folder.exists() and not plan.finished():
+                shutil.rmtree(plan.folder)  # nothing in it is worth keeping
+            raise
         if isinstance(result, str):
             return result
     else:
@@ -269,10 +274,19 @@ def _run(args: argparse.Namespace, task: Task, plan: Plan) -> str:
 
 def _run_parts(args: argparse.Namespace, task: Task, plan: Plan, size: int) -> Result | str:
     """A large input part by part; a sentence when the whole is not to be made here."""
-    from megawrap.data.assemble import merge_parts, run_part
+    from megawrap.data.assemble import merge_parts, require_free_prefix, run_part
     from megawrap.data.counts import Counts
     from megawrap.data.progress import Progress
 
+    if plan.published():
+        if not plan.folder.exists():
+            raise DataError(
+                f"{plan.prefix}: already there, nothing was written", hint="Choose another --output-prefix, or remove the files"
+            )
+        plan.settle()
+        shutil.rmtree(plan.folder)
+        return f"{plan.prefix}: was complete; what was left of its parts is removed"
+    require_free_prefix(task)
     plan.settle()
     if args.plan:
         return f"{plan.folder}: {len(plan.parts)} parts, {len(plan.finished())} of them finished"

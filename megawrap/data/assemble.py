@@ -107,6 +107,16 @@ def run_whole(task: Task, report: Report) -> Result:
     return Result(counts, tokens, task.side_file if counts.bad else None)
 
 
+def require_free_prefix(task: Task) -> None:
+    """Refuse now what the end of a long run would refuse: a prefix that is taken, or cannot be written.
+
+    Raises:
+        DataError: it is; or another process writes it.
+    """
+    with Output(task.prefix, token_dtype(task.tokenizer.vocab_size), task.options.twin_files):
+        pass  # left without publishing, it removes what it made
+
+
 def run_part(task: Task, plan: Plan, number: int, report: Report, *, bad_so_far: int = 0) -> tuple[Counts, int]:
     """Preprocess one part of a plan into PREFIX.parts, unless that was done before.
 

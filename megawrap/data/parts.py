@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megawrap.data.format import manifest_path
 from megawrap.data.inputs import STDIN, Piece, Source, is_plain, is_table
+from megawrap.data.twins import twin_prefixes
 from megawrap.errors import DataError
 from megawrap.io import atomic_write, read_json
 
@@ -30,11 +32,13 @@ class Plan:
     Args:
         prefix: of the output.
         parts: pieces of every part, in input order.
+        twin_files: name of the second of twin files, or None.
         identity: options, tokenizer and input files: what must not change while parts wait.
     """
 
     prefix: Path
     parts: tuple[tuple[Piece, ...], ...]
+    twin_files: str | None
     identity: dict[str, Any]
 
     @property
@@ -58,6 +62,11 @@ class Plan:
     def finished(self) -> list[int]:
         """Parts whose marker is there."""
         return [number for number in range(len(self.parts)) if self.marker(number).exists()]
+
+    def published(self) -> bool:
+        """Whether the whole output is there."""
+        prefixes = twin_prefixes(self.prefix, self.twin_files) if self.twin_files else (self.prefix,)
+        return all(manifest_path(prefix).exists() for prefix in prefixes)
 
     def content(self) -> dict[str, Any]:
         """Plain types, for the plan's file."""
@@ -163,5 +172,5 @@ def sha256_piece(piece: Piece) -> str | None:
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else json.dumps(value)
+    text = "none" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

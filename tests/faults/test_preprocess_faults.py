@@ -14,8 +14,8 @@ import pytest
 
 from megawrap.data.format import IndexedDataset, marker_path
 from megawrap.data.twins import twin_prefixes
-from megawrap.errors import EXIT_OK, EXIT_USAGE, DataError
-from tests.preprocessing import hashes, left, random_text, run, write_samples
+from megawrap.errors import EXIT_OK, EXIT_UNFINISHED, EXIT_USAGE, DataError
+from tests.preprocessing import OUTPUTS, hashes, left, random_text, run, write_samples
 from tests.tiny_tokenizer import write_tokenizer
 
 
@@ -59,7 +59,9 @@ def child(trial):
     sys.addaudithook(hook)
     code = preprocess.main(trial["argv"])
     if trial.get("count"):
-        code = min(events, 255)
+        seen = events  # before the file below is one more
+        with open(trial["log"] + ".count", "w") as file:
+            file.write(str(seen))
     sys.stderr.flush()
     os._exit(code)
 statuses = []
@@ -95,24 +97,28 @@ def trial(source: Path, tokenizer: Path, out: Path, *flags: str, **options: Any)
     return {"argv": argv, "log": str(out.parent.parent / f"{out.parent.name}.log"), **options}
 
 
+PARTS = ("--part-mib", "0.01", "--dedup", "exact")
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize("flags", [(), ("--twin-files", "targets")], ids=["single", "twins"])
+@pytest.mark.parametrize("flags", [(), ("--twin-files", "targets"), PARTS], ids=["single", "twins", "parts"])
 def test_r6_kill_at_thirty_moments_then_the_same_command_again(
     tmp_path: Path, tokenizer: Path, many: Path, flags: tuple[str, ...], record_property: Any
 ) -> None:
     """R6 for preprocess: the rerun succeeds with no manual step and its files equal a clean run's."""
     clean = tmp_path / "clean" / "out"
-    (num_events,) = run_trials([trial(many, tokenizer, clean, *flags, count=True)])
-    assert 60 < num_events < 255
+    assert run_trials([trial(many, tokenizer, clean, *flags, count=True)]) == [EXIT_OK]
+    num_events = int((tmp_path / "clean.log.count").read_text())
+    assert num_events > 60
     moments = sorted({*random.Random(11).sample(range(1, num_events + 1), 20), *range(num_events - 9, num_events + 1)})
     outs = [tmp_path / f"killed{moment}" / "out" for moment in moments]
     killed = run_trials([trial(many, tokenizer, out, *flags, kill_at=moment) for out, moment in zip(outs, moments, strict=True)])
     assert killed == [-signal.SIGKILL] * len(moments)
-    prefixes = twin_prefixes(Path("out"), "targets") if flags else (Path("out"),)
+    prefixes = twin_prefixes(Path("out"), "targets") if "--twin-files" in flags else (Path("out"),)
     unfinished = []
     for out in outs:
         complete = [(out.parent / f"{prefix}.manifest.json").exists() for prefix in prefixes]
-        unfinished += [out] * (not all(complete))
+        unfinished += [out] * (not all(complete) or out.with_name("out.parts").exists())
         for prefix, whole in zip(prefixes, complete, strict=True):
             if whole:
                 IndexedDataset(out.parent / prefix).verify()
@@ -152,6 +158,23 @@ def test_r9_full_disk_at_twenty_offsets(tmp_path: Path, tokenizer: Path, many: P
     record_property("R9", (len(statuses), len(limits)))
 
 
+@pytest.mark.fault
+def test_full_disk_keeps_finished_parts(tmp_path: Path, tokenizer: Path, many: Path) -> None:
+    """Where an input is done in parts, a full disk costs one part: nothing is visible, and the same command goes on."""
+    clean = tmp_path / "clean" / "out"
+    assert run_trials([trial(many, tokenizer, clean, *PARTS)]) == [EXIT_OK]
+    size = clean.with_name("out.bin").stat().st_size
+    outs = [tmp_path / f"full{k}" / "out" for k in range(1, 10)]
+    statuses = run_trials([trial(many, tokenizer, out, *PARTS, limit=size * k // 10) for k, out in enumerate(outs, start=1)])
+    assert statuses == [EXIT_USAGE] * 9
+    for out in outs:
+        assert left(out) <= {"out.parts"}
+        message = (tmp_path / f"{out.parent.name}.log").read_text()
+        assert message.startswith(f"megawrap: error: cannot write {out.parent}"), message
+    assert run_trials([trial(many, tokenizer, out, *PARTS) for out in outs]) == [EXIT_OK] * 9
+    assert [hashes(out) for out in outs] == [hashes(clean)] * 9
+
+
 INTERRUPTED = """
 import os, sys
 from megawrap import preprocess
@@ -169,17 +192,26 @@ sys.exit(preprocess.main(sys.argv[1:]))
 
 @pytest.mark.fault
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(tmp_path: Path, tokenizer: Path, many: Path, out: Path, signum: signal.Signals) -> None:
-    argv = ["--input", str(many), "--tokenizer", str(tokenizer), "--output-prefix", str(out)]
+@pytest.mark.parametrize("flags", [(), PARTS], ids=["single", "parts"])
+def test_interrupt(tmp_path: Path, tokenizer: Path, many: Path, out: Path, signum: signal.Signals, flags: tuple[str, ...]) -> None:
+    """In one go nothing is left; in parts, what is finished, which the same command continues."""
+    files = ["--input", str(many), "--tokenizer", str(tokenizer), "--output-prefix", str(out)]
+    argv = [*files, "--on-bad-line", "skip", *flags]
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdin is not None
     assert process.stdout.read(1) == "x"  # the first block is written
-    assert marker_path(out).exists()
+    assert marker_path(out).exists() or flags
     process.send_signal(signum)
     _, errors = process.communicate()
+    if flags:
+        assert process.returncode == EXIT_UNFINISHED
+        assert f"parts are finished in {out}.parts; the same command continues" in errors
+        assert run(many, tokenizer, out, "--on-bad-line", "skip", *flags) == EXIT_OK
+        assert left(out) == OUTPUTS | {"out.bad.jsonl"}
+        return
     assert process.returncode == 130
     assert errors == "megawrap: interrupted, nothing was written\n"
     assert not out.parent.exists()
