@@ -255,16 +255,7 @@ class Tiktoken:
 
     def __init__(self, content: dict[str, Any]) -> None:
         library = _import("tiktoken")
-        model = content["model"]
-        if content.get("normalizer"):
-            raise UnusableError(f"it has no normalizer such as {content['normalizer'].get('type')}")
-        odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
-        if model.get("type", "BPE") != "BPE" or odd:
-            raise UnusableError(f"it cannot do a {model.get('type', 'BPE')} model{' with ' if odd else ''}{', '.join(odd)}")
-        if any(not token["special"] and token["content"].isspace() for token in content.get("added_tokens") or ()):
-            raise UnusableError("added tokens of spaces alone would cut every text to pieces")
-        pattern = _pattern(content.get("pre_tokenizer"))
-        ranks, self._ids = _ranks(model)
+        pattern, ranks, self._ids = byte_level_encoding(content)
         # The separator never occurs; without any special token the library's search for one stops at every character.
         specials = {SEPARATOR: len(ranks)}
         self._library = _call(library.Encoding, "megawrap", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -286,6 +277,23 @@ class Tiktoken:
         encode = self._library.encode_to_numpy  # no Python integers, unlike the other calls
         parts = [encode(text, disallowed_special=()) for text in texts]
         return self._ids[np.concatenate(parts)], np.fromiter(map(len, parts), dtype=np.int32, count=len(parts))
+
+
+def byte_level_encoding(content: dict[str, Any]) -> tuple[str, dict[bytes, int], np.ndarray]:
+    """A parsed tokenizer.json as tiktoken has it: the pattern, the ranks by bytes, and ids int32 by rank.
+
+    Raises:
+        UnusableError: it is not a byte-level BPE, or has parts that tiktoken lacks.
+    """
+    model = content["model"]
+    if content.get("normalizer"):
+        raise UnusableError(f"it has no normalizer such as {content['normalizer'].get('type')}")
+    odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if model.get(key)]
+    if model.get("type", "BPE") != "BPE" or odd:
+        raise UnusableError(f"it cannot do a {model.get('type', 'BPE')} model{' with ' if odd else ''}{', '.join(odd)}")
+    if any(not token["special"] and token["content"].isspace() for token in content.get("added_tokens") or ()):
+        raise UnusableError("added tokens of spaces alone would cut every text to pieces")
+    return _pattern(content.get("pre_tokenizer")), *_ranks(model)
 
 
 def _pattern(pre: dict[str, Any] | None) -> str:

@@ -76,11 +76,11 @@ class HuggingFace:
     """
 
     name = "tokenizers"
-    eos_id: int | None = None
-    pad_id: int | None = None
+    eos_id: int | None
+    pad_id: int | None
 
     def __init__(self, path: Path, *, convert: bool) -> None:
-        self._tokenizer = _converted(path) if convert else _read(path)
+        self._tokenizer, self.eos_id, self.pad_id = _converted(path) if convert else (_read(path), None, None)
         self._source = None if convert else path
         self._tokenizer.no_truncation()  # a stored limit would cut samples without a word
         self._tokenizer.no_padding()
@@ -136,7 +136,8 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: the tokenizers library cannot read it: {error}", corrupt=True) from error
 
 
-def _converted(path: Path) -> Any:
+def _converted(path: Path) -> tuple[Any, int | None, int | None]:
+    """The library's tokenizer, and the end and padding ids that its class knows."""
     from transformers import AutoTokenizer
 
     try:
@@ -148,7 +149,7 @@ def _converted(path: Path) -> Any:
     library = getattr(loaded, "backend_tokenizer", None)
     if library is None:
         raise DataError(f"{path}: transformers reads this directory as {type(loaded).__name__}, in Python only", hint=_DIRECTORY_HINT)
-    return library
+    return library, loaded.eos_token_id, loaded.pad_token_id
 
 
 _DIRECTORY_HINT = "Give the directory a tokenizer.json, or name its SentencePiece .model file itself"
