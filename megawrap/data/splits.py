@@ -87,6 +87,9 @@ def parse(splits: str | Path | Sequence[str], *, base_dir: Path | None = None) -
     and then hold spaces, commas, colons and the escapes \\\\ \\" \\' \\n; inside a group that is itself in double quotes
     write ' or \\". A # at the start of a line or after a space begins a comment.
 
+    The BigCode fork has a file for each of training, validation and test, in which names are free: `train=FILE`, `valid=FILE`
+    and `test=FILE` in a list say which is which; groups of a valid file become `valid_NAME`.
+
     Args:
         splits: a file, one or several lines of text, or a list of such strings and files.
         base_dir: what relative prefixes (and a relative file) start from; default the splits file's directory for a
@@ -98,18 +101,27 @@ def parse(splits: str | Path | Sequence[str], *, base_dir: Path | None = None) -
     reader, work_dir = _Reader(), base_dir or Path()
     several = not isinstance(splits, (str, Path))
     for number, text in enumerate(splits if several else [splits]):  # type: ignore[list-item,arg-type]
-        if _is_text(text) or (several and not (work_dir / Path(text).expanduser()).is_file()):
+        role, file = _role(text, work_dir) if several else ("", Path(str(text)))
+        path = work_dir / file.expanduser()
+        if not role and (_is_text(text) or (several and not path.is_file())):
             name = f"splits[{number}]" if several else "splits"
             reader.read_text(str(text), name, work_dir, numbered="\n" in str(text))
         else:
-            path = work_dir / Path(text).expanduser()
-            reader.read_text(_read_file(path), str(text), path.parent, numbered=True)
+            reader.read_text(_read_file(path), str(file), path.parent, numbered=True, role=role)
     groups = [group for group in (reader.group(*found) for found in reader.found) if group]
     reader.check_groups(groups)
     if reader.problems:
         raise _refusal(reader.problems)
     train = next(group for group in groups if group.name == "train")
     return Splits(train=train, evaluation=tuple(group for group in groups if group is not train))
+
+
+def _role(text: str | Path, work_dir: Path) -> tuple[str, Path]:
+    """(train, valid or test, FILE) of `ROLE=FILE`, else an empty role and the text as a path."""
+    role, _, file = str(text).partition("=")
+    if role in ("train", "valid", "test") and file and not (work_dir / str(text)).is_file():
+        return role, Path(file)
+    return "", Path(str(text))
 
 
 def _is_text(splits: str | Path) -> bool:
@@ -139,18 +151,18 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self.found: list[tuple[str, str, Path]] = []  # text of a group, where it stands, what its relative prefixes start from
+        self.found: list[tuple[str, str, Path, str]] = []  # text of a group, where it stands, base of its relative prefixes, role
 
-    def read_text(self, text: str, name: str, base_dir: Path, *, numbered: bool) -> None:
+    def read_text(self, text: str, name: str, base_dir: Path, *, numbered: bool, role: str = "") -> None:
         for number, line in enumerate(text.splitlines() or [""], start=1):
             where = f"{name}:{number}" if numbered else name
             stripped = line.strip()
             if stripped.startswith('"'):
-                self._quoted_groups(stripped, where, base_dir)
+                self._quoted_groups(stripped, where, base_dir, role)
             elif stripped and not stripped.startswith("#"):
-                self.found.append((stripped, where, base_dir))
+                self.found.append((stripped, where, base_dir, role))
 
-    def _quoted_groups(self, line: str, where: str, base_dir: Path) -> None:
+    def _quoted_groups(self, line: str, where: str, base_dir: Path, role: str) -> None:
         position = 0
         while position < len(line) and line[position] != "#":
             if line[position] != '"':
@@ -160,17 +172,19 @@ class _Reader:
             if match is None:
                 self.problems.append(f"{where}: missing quote: the group that begins {line[position : position + 30]!r} is not closed")
                 return
-            self.found.append((match[1].replace('\\"', '"'), where, base_dir))
+            self.found.append((match[1].replace('\\"', '"'), where, base_dir, role))
             position = match.end()
 
-    def group(self, text: str, where: str, base_dir: Path) -> Group | None:
+    def group(self, text: str, where: str, base_dir: Path, role: str) -> Group | None:
         """The group written in `text`; None after a problem that leaves nothing to check."""
         name, colon, body = text.partition(":")
         name = name.strip()
         if not colon or not name:
             self.problems.append(f"{where}: {text!r} has no group name; the name ends at the first colon")
             return None
-        name = self._group_name(name, where)
+        if role and not name.lower().startswith(role):
+            name = role if role == "train" else f"{role}_{name}"
+        name = self._group_name("train" if role == "train" else name, where)
         entries = self._entries(body, f"{where}: group {name}")
         sources = []
         for number, words in enumerate(entries, start=1):

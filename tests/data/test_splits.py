@@ -119,6 +119,20 @@ def test_a_list_may_name_files(tmp_path: Path) -> None:
     assert "splits[1]" in refusal([str(train), str(tmp_path / "absent.txt")])
 
 
+def test_the_forks_files_may_name_their_groups_as_they_like(tmp_path: Path) -> None:
+    train, valid = tmp_path / "train.txt", tmp_path / "valid.txt"
+    train.write_text('"NAME_ABC: 0.6 0:0.6 /A, 0.3 0:1 /B"\n')
+    valid.write_text('"NAME_ABC: 0.6 0.6:0.8 /A, 0.3 0:1 /C" "valid_2: 1 0:1 /D"\n')
+    splits = parse([f"train={train}", f"valid={valid.name}"], base_dir=tmp_path)
+    assert [group.name for group in splits.groups] == ["train", "valid_NAME_ABC", "valid_2"]
+    assert [(s.weight, s.start, s.end, str(s.prefix)) for s in splits.train.sources] == [(0.6, 0.0, 0.6, "/A"), (0.3, 0.0, 1.0, "/B")]
+    valid.write_text('"A: 1 0:1 /C"\n')
+    assert parse(["train=train.txt", "test=valid.txt"], base_dir=tmp_path).evaluation[0].name == "test_A"
+    train.write_text('"A: 1 0:1 /A" "B: 1 0:1 /B"\n')
+    assert "group train is already given" in refusal([f"train={train}"])
+    assert "cannot read the splits file" in refusal(["train=absent.txt"])
+
+
 @given(st.integers(0, 10**7), st.lists(st.integers(0, 1000), min_size=1, max_size=6, unique=True))
 def test_adjoining_ranges_share_out_every_document_once(documents: int, cuts: list[int]) -> None:
     bounds = [0, *sorted(cut / 1000 for cut in cuts if 0 < cut < 1000), 1]
