@@ -105,7 +105,8 @@ def test_twins_become_one_file(tmp_path: Path) -> None:
     assert IndexedDataset(tmp_path / "twice").num_documents == 60
 
 
-def test_files_of_other_tools_keep_their_empty_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [1, 1000])
+def test_files_of_other_tools_keep_their_empty_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """megatron-core's builder ends documents that hold nothing; the last ones too must come through."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -116,6 +117,7 @@ def test_files_of_other_tools_keep_their_empty_documents(tmp_path: Path) -> None
             builder.add_item(torch.tensor(tokens))
         builder.end_document()
     builder.finalize(str(tmp_path / "theirs.idx"))
+    monkeypatch.setattr(concat.document_blocks, "__kwdefaults__", {**concat.document_blocks.__kwdefaults__, "block_tokens": block})
     for cut, span in (("a", "0:2"), ("b", "2:4"), ("c", "3:6")):
         assert data_cut.main([str(tmp_path / "theirs"), str(tmp_path / cut), "--documents", span]) == 0
     assert data_merge.main([str(tmp_path / "same"), "--inputs", str(tmp_path / "theirs")]) == 0
@@ -137,6 +139,20 @@ def test_sources_are_recorded(tmp_path: Path) -> None:
     ]
     assert manifest["sources"][1]["fingerprint"] == two.fingerprint
     assert manifest["sources"][0]["sources"][0]["dataset"] == "one"
+
+
+def test_a_tokenizer_that_only_some_name_is_not_claimed_for_all(tmp_path: Path) -> None:
+    documents.write(tmp_path / "one", documents.samples(5, 10))
+    documents.write(tmp_path / "two", documents.samples(6, 10), manifest=False)
+    assert data_merge.main([str(tmp_path / "out"), "--inputs", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert "tokenizer" not in json.loads((tmp_path / "out.manifest.json").read_text())
+
+
+def test_damage_is_not_cut_out_under_a_new_sha256(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_flipped_bit(tmp_path)
+    assert data_cut.main([str(tmp_path / "other"), str(tmp_path / "out"), "--documents", "0:2"]) == EXIT_CORRUPT
+    assert "other.bin: sha256" in refusal(capsys, EXIT_CORRUPT)
+    assert not list(tmp_path.glob("*out*"))
 
 
 def options(prefix: Path, **changed: Any) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from megawrap import data_verify
+from megawrap.data import format
 from megawrap.data.format import IndexedDataset, IndexedWriter
 from megawrap.errors import EXIT_CORRUPT, EXIT_USAGE, DataError
 from tests.data import documents
@@ -74,6 +75,27 @@ def test_twins_are_verified_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write_twins(tmp_path / "pair", documents.samples(4, 20))
     assert data_verify.main([str(tmp_path / "pair")]) == 0
     assert "inputs bin" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_of_any_size_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """What is found does not depend on where blocks end, and damage is found in every one of them, at its place."""
+    given = documents.samples(5, 20)
+    data = documents.write(tmp_path / "data", given)
+    whole = data.verify()
+    monkeypatch.setattr(format, "_CHUNK", block)
+    assert IndexedDataset(data.prefix).verify() == whole
+    assert whole["max_token_id"] == max(token for document in given for _, tokens in document for token in tokens)
+    (tmp_path / "data.manifest.json").unlink()
+    sequences = [number for number, length in enumerate(data.lengths.tolist()) for _ in range(length)]
+    for at, sequence in enumerate(sequences):
+        tokens = np.fromfile(data.bin_path, "<u2")
+        tokens[at] = 65_000
+        tokens.tofile(data.bin_path)
+        with pytest.raises(DataError, match=f"65000 in sequence {sequence}: the vocabulary ends at {documents.VOCAB}"):
+            IndexedDataset(data.prefix).verify(documents.VOCAB)
+        tokens[at] = 1
+        tokens.tofile(data.bin_path)
 
 
 @pytest.mark.parametrize("name", ["max_token_id", "target_tokens", "context_tokens"])

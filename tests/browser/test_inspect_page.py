@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from megawrap import data_inspect
 from megawrap.data.format import IndexedWriter
@@ -28,7 +29,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of three samples, one of which tries to become part of it, as are the names of its fields."""
     chromium.find()
     folder = tmp_path_factory.mktemp("page")
-    tokenizer = Tokenizer(write_tokenizer(folder / "tokenizer"))
+    write_tokenizer(folder / "tokenizer")
+    backend = Backend.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    backend.add_tokens([HOSTILE])  # one token, so that nothing of ours stands between its characters
+    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer(folder / "tokenizer")
     with IndexedWriter(folder / "data", np.uint16) as writer:
         for pair in SAMPLES:
             ids, lengths = tokenizer.encode(list(pair), escape_special=True)
