@@ -51,7 +51,7 @@ def make_folder(folder: Path) -> None:
 
 def sbatch_script(resources: Resources, folder: Path) -> str:
     """The script `submit` hands to sbatch, byte for byte."""
-    executor = _slurm_executor(resources, folder)
+    executor = slurm_executor(resources, folder, job.setup_lines(sys.executable, ROOT))
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
@@ -61,13 +61,9 @@ def submit(resources: Resources, argv: Sequence[str], folder: Path) -> str:
     Raises:
         LaunchError: there is no SLURM here, or it refuses the job, with what it said.
     """
-    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
-    if missing:
-        raise LaunchError(
-            f"{' and '.join(missing)} not found: this is not a SLURM machine", hint="Use --cluster local, or --dry-run to see the script"
-        )
+    require_slurm()
     make_folder(folder)
-    executor = _slurm_executor(resources, folder)
+    executor = slurm_executor(resources, folder, job.setup_lines(sys.executable, ROOT))
     try:
         return executor.submit(job.Finetune(tuple(argv), str(folder))).job_id
     except Exception as error:  # submitit raises its own classes around what sbatch printed
@@ -75,6 +71,19 @@ def submit(resources: Resources, argv: Sequence[str], folder: Path) -> str:
         raise LaunchError(
             f"sbatch did not take the job: {' '.join(str(error).split())[-600:]}", hint="See the script with --dry-run"
         ) from error
+
+
+def require_slurm() -> None:
+    """Refuse to submit where there is nothing to submit to.
+
+    Raises:
+        LaunchError: sbatch or srun is missing.
+    """
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        raise LaunchError(
+            f"{' and '.join(missing)} not found: this is not a SLURM machine", hint="Use --cluster local, or --dry-run to see the script"
+        )
 
 
 def run_here(resources: Resources, argv: Sequence[str], folder: Path) -> int:
@@ -107,7 +116,8 @@ def run_here(resources: Resources, argv: Sequence[str], folder: Path) -> int:
     return _verdict(folder, started.job_id, resources.world)
 
 
-def _slurm_executor(resources: Resources, folder: Path) -> Any:
+def slurm_executor(resources: Resources, folder: Path, setup: Sequence[str]) -> Any:
+    """submitit's executor for a request; `setup` are lines of the batch script before srun."""
     from submitit import SlurmExecutor
 
     class Executor(SlurmExecutor):
@@ -122,7 +132,7 @@ def _slurm_executor(resources: Resources, folder: Path) -> Any:
 
     Executor.__name__ = "SlurmExecutor"  # submitit names the cluster after the class
     executor = Executor(folder)
-    executor.update_parameters(**resources.slurm_parameters(), wckey=None, setup=job.setup_lines(sys.executable, ROOT))
+    executor.update_parameters(**resources.slurm_parameters(), wckey=None, setup=list(setup))
     return executor
 
 

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         MegawrapError: bad flags, input, tokenizer or disk; nothing is left behind but finished parts of a large input.
     """
     check_flags(args)
-    workers = args.workers or _num_cores()
+    workers = args.workers or num_cores()
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     plan: Plan | None = None
@@ -140,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
