@@ -99,8 +99,9 @@ def parse(splits: str | Path | Sequence[str], *, base_dir: Path | None = None) -
         DataError: anything is wrong; the message names every problem with file and line.
     """
     reader, work_dir = _Reader(), base_dir or Path()
-    several = not isinstance(splits, (str, Path))
-    for number, text in enumerate(splits if several else [splits]):  # type: ignore[list-item,arg-type]
+    several = not isinstance(splits, str | Path)
+    texts: list[str | Path] = [splits] if isinstance(splits, str | Path) else list(splits)
+    for number, text in enumerate(texts):
         role, file = _role(text, work_dir) if several else ("", Path(str(text)))
         path = work_dir / file.expanduser()
         if not role and (_is_text(text) or (several and not path.is_file())):
