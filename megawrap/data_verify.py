@@ -105,6 +105,7 @@ def _table(report: dict[str, Any]) -> str:
     from megawrap.data.view_text import Style, visible
     from megawrap.io import readable_size
 
+    seconds = report["seconds"]
     size, trained = sum(report["files"].values()), report["trained_tokens"]
     digests = ", ".join(f"{name} {digest[:12]}..." for name, digest in report["sha256"].items())
     contents = f"as the manifest says ({digests})" if digests else "not known: there is no manifest, only the structure was checked"
@@ -112,9 +113,10 @@ def _table(report: dict[str, Any]) -> str:
     modes = (
         "no sequence modes: usable with loss_on all" if trained is None else f"{trained:,} tokens, {100 * trained / report['tokens']:.1f} %"
     )
+    rate = f", {size / 1e9 / seconds:.2f} GB/s" if seconds > 0.2 else ""  # less is the opening of files
     rows = [
         ("verified", visible(report["prefix"], Style())),
-        ("read", f"{readable_size(size)} in {report['seconds']:.2f} s, {size / 1e9 / max(report['seconds'], 1e-9):.2f} GB/s"),
+        ("read", f"{readable_size(size)} in {seconds:.2f} s{rate}"),
         ("documents", f"{report['documents']:,} ({report['sequences']:,} sequences, {report['tokens']:,} tokens of {report['dtype']})"),
         ("structure", "lengths, pointers, document indices and modes agree with each other and with the size of .bin"),
         ("sha256", contents),
