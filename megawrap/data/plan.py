@@ -189,25 +189,30 @@ def build(
     _refuse_little(parsed.train, rows["train"], global_batch_size)
     groups = _evaluation_groups(parsed, rows, evaluate, builder.notes)
     train = Blend(rows["train"], [source.weight for source in parsed.train.sources], data.seed)
-    report = [_report(parsed.train, rows["train"], builder, train.shares, iterations * global_batch_size)]
-    for group in parsed.evaluation:
-        counts = [len(source) for source in rows[group.name]]
-        report.append(_report(group, rows[group.name], builder, [count / max(1, sum(counts)) for count in counts], None))
-    keys = [asdict(builder.key(source, train=True)) for source in parsed.train.sources]
-    order = [keys, train.weights, data.seed, *([asdict(data.fim), builder.tokenizer] if data.fim.rate > 0 else [])]
     return Plan(
         train=train,
         groups=groups,
         valid={group.name: groups[group.name] for group in parsed.evaluation if group.is_valid and group.name in groups},
-        report=tuple(report),
+        report=_reports(parsed, rows, builder, train.shares, iterations * global_batch_size),
         seq_length=data.seq_length,
         packing=data.packing,
         global_batch_size=global_batch_size,
         iterations=iterations,
-        fingerprint=hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest(),
+        fingerprint=builder.order_fingerprint(parsed.train, train.weights),
         tokenizer=builder.tokenizer,
         notes=builder.notes,
     )
+
+
+def _reports(
+    splits: Splits, rows: dict[str, list[RowDataset]], builder: _Builder, shares: list[float], drawn: int
+) -> tuple[GroupPlan, ...]:  # fmt: skip
+    """The account of train, of which `drawn` rows are used in these shares, and of every other group, used once."""
+    report = [_report(splits.train, rows["train"], builder, shares, drawn)]
+    for group in splits.evaluation:
+        counts = [len(source) for source in rows[group.name]]
+        report.append(_report(group, rows[group.name], builder, [count / max(1, sum(counts)) for count in counts], None))
+    return tuple(report)
 
 
 class _Builder:
@@ -330,6 +335,13 @@ class _Builder:
             pad_to_multiple=self.data.pad_to_multiple,
             reserve=RESERVE if train and self.data.fim.rate > 0 else 0,
         )
+
+    def order_fingerprint(self, train: Group, weights: list[int]) -> str:
+        """Of everything the order and content of training rows follow from."""
+        order: list[Any] = [[asdict(self.key(source, train=True)) for source in train.sources], weights, self.data.seed]
+        if self.fim is not None:
+            order += [asdict(self.data.fim), self.tokenizer]
+        return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
 
     def rows(self, source: Source, *, train: bool) -> RowDataset:
         """Packed rows of a source; only those that are trained on change from epoch to epoch."""

@@ -257,6 +257,15 @@ def test_every_rank_gets_one_plan_and_one_builds(tmp_path: Path, corpus: dict[st
     assert len(calls) == 3  # the others are not left waiting
 
 
+def test_ranks_that_do_not_see_the_cache_build_one_and_share_it(tmp_path: Path, corpus: dict[str, list[Document]]) -> None:
+    """A cache directory on a disk of each host: the first of its ranks packs, the next one maps."""
+    options = {"build_cache": False, "barrier": lambda: None, "cache_dir": str(tmp_path / "local")}
+    first, second = plan_of(tmp_path, *GROUPS, **options), plan_of(tmp_path, *GROUPS, **options)
+    assert all("written to" in note for note in first.notes if "packing" in note)
+    assert all("read from" in note for note in second.notes if "packing" in note)
+    assert first.fingerprint == second.fingerprint
+
+
 def test_caches_go_where_they_can(tmp_path: Path, corpus: dict[str, list[Document]]) -> None:
     plan_of(tmp_path, *GROUPS, cache_dir=str(tmp_path / "given"), fallback_cache_dir=tmp_path / "unused")
     assert (tmp_path / "given" / "a.packing").is_dir() and not (tmp_path / "a.packing").exists() and not (tmp_path / "unused").exists()
