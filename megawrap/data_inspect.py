@@ -102,6 +102,8 @@ def _of_prefix(args: argparse.Namespace) -> Inspection:
     from megawrap.data.format import IndexedDataset
     from megawrap.data.inspection import Inspection, Settings, whole
 
+    if args.group != "train":
+        raise ConfigError(f"--group {args.group}: a dataset alone has the one group train", hint="Name a recipe with --config as well")
     prefix = Path(args.prefix)
     has_modes = IndexedDataset(prefix).modes is not None
     settings = Settings(

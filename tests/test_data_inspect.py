@@ -143,6 +143,31 @@ def test_refusals_of_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str], 
     assert fact in refused(capsys, "--config", recipe(folder), *words)
 
 
+def test_a_dataset_alone_has_one_group(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--group valid: a dataset alone has the one group train" in refused(capsys, folder / "data" / "train", "--group", "valid")
+
+
+def test_rearranged_samples_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fill-in-the-middle as a recipe asks for it: the row shows sentinels, and says how many samples were rearranged."""
+    from tokenizers import Tokenizer as Backend
+
+    write_tokenizer(tmp_path / "tokenizer")
+    backend = Backend.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    backend.add_special_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>"])
+    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "data").mkdir()
+    with IndexedWriter(tmp_path / "data" / "train", np.uint16) as writer:
+        for number in range(40):
+            ids, lengths = tokenizer.encode([f"def f{number}(x):\n", f"    return x + {number}\n"], escape_special=True)
+            writer.add(np.append(ids, tokenizer.eos_id), lengths + np.array([0, 1]), np.array([2]), np.array([0, 1]))
+        writer.commit({"tokenizer": tokenizer.facts()})
+    told = run(capsys, "--config", recipe(tmp_path), "--row", "0", "--data.fim.rate", "1", "--data.seq_length", "128")
+    assert "<fim_prefix>" in told and "<fim_middle>" in told
+    rearranged = int(told.partition("fill-in-the-middle: ")[2].split()[0])
+    assert rearranged == told.count("<fim_middle>") > 0
+
+
 def test_nothing_to_look_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "Give a PREFIX, or --config RECIPE.yaml" in refused(capsys, "--stats")
     assert "no indexed dataset here" in refused(capsys, tmp_path / "nothing")

@@ -303,3 +303,24 @@ def test_a_merge_killed_anywhere_is_repeated_with_the_same_bytes(tmp_path: Path)
             assert data_merge.main([str(out), *words]) == 0
         assert content(out) == content(tmp_path / "clean")
     assert calls > 5
+
+
+LIMITED = """
+import resource, signal, sys
+from megawrap import data_merge
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(data_merge.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("limit", [0, 100, 1000, 4000])
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, limit: int) -> None:
+    documents.write(tmp_path / "one", documents.samples(11, 400))
+    before = {path.name for path in tmp_path.iterdir()}
+    words = [str(limit), str(tmp_path / "out"), "--inputs", str(tmp_path / "one")]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, check=False, cwd=os.getcwd())
+    assert done.returncode == EXIT_USAGE and "Traceback" not in done.stderr
+    assert "the file-size limit (ulimit -f) is reached" in done.stderr and str(tmp_path) in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == before

@@ -23,7 +23,7 @@ from megawrap.data.statistics import collect
 from megawrap.data.statistics_table import Account, Packed, Part
 from megawrap.data.tokenizer import Tokenizer
 from megawrap.data.view import Decode, View, of_row, of_sample
-from megawrap.errors import DataError, MegawrapError
+from megawrap.errors import EXIT_CORRUPT, DataError, MegawrapError
 from megawrap.io import sha256_file
 
 
@@ -186,9 +186,11 @@ class Inspection:
         """Statistics of the named dataset, or of every source of the group."""
         if self.prefix is not None:
             try:
-                packed = _packed(self._group_plan().sources[0], self.plan)
-            except MegawrapError as problem:  # what cannot be packed can still be counted
-                packed = None
+                packed = _packed(self.plan.report[0].sources[0], self.plan)
+            except MegawrapError as problem:
+                if problem.exit_code == EXIT_CORRUPT:
+                    raise
+                packed = None  # what cannot be packed can still be counted
                 self.notes.append(f"not packed: {problem}")
             return [Account(statistics=collect(self.dataset), packed=packed, mix=_recorded_mix(self.dataset))]
         sources = self._group_plan().sources
