@@ -10,7 +10,8 @@ MIDDLE (Bavarian et al. 2022, variant 2, as StarCoder was trained).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -63,7 +64,7 @@ class Sample:
     trained: np.ndarray
     """int8 [n]: 1 in supervised sequences."""
     begin: int
-    """First token of the text."""
+    """First token of the text; a begin token is not part of it."""
     end: int
     """The one after its last; an end token is not part of it."""
 
@@ -115,10 +116,15 @@ class Fim:
         self._special = np.unique([*tokenizer.special_tokens.values(), tokenizer.eos_id, self.prefix_id, self.middle_id, self.suffix_id])
         _require_exact(tokenizer, name)
 
+    def with_rate(self, rate: float) -> Fim:
+        """The same with another share of samples."""
+        other = copy(self)
+        other.settings = replace(self.settings, rate=rate)
+        return other
+
     def drawn(self, fingerprint: str, epoch: int, documents: np.ndarray) -> list[int]:
         """Which of the documents are to be transformed in this epoch, by their place in `documents`."""
-        draws = (_draws(self._seed, fingerprint, epoch, document)[0] for document in documents.tolist())
-        return [place for place, draw in enumerate(draws) if draw < self.settings.rate]
+        return np.flatnonzero(_draws(self._seed, fingerprint, epoch, documents)[:, 0] < self.settings.rate).tolist()
 
     def text_of(self, dataset: IndexedDataset, tokens: np.ndarray, document: int, begin: int) -> Sample | None:
         """The window of a document whose text is to be cut; None when the text is not whole inside it.
@@ -143,37 +149,36 @@ class Fim:
         if text[0] < 0 or text[1] > len(tokens):
             return None
         trained = np.repeat(modes, np.clip(ends, 0, len(tokens)) - np.clip(starts, 0, len(tokens)))
-        end = text[1] - int(tokens[text[1] - 1] == self._tokenizer.eos_id)
-        return Sample(tokens=tokens.astype(np.int64), trained=trained, begin=text[0], end=end)
+        begin, end = text
+        if begin < end and tokens[end - 1] == self._tokenizer.eos_id:
+            end -= 1
+        if begin < end and tokens[begin] in self._special:
+            begin += 1
+        return Sample(tokens=tokens.astype(np.int64), trained=trained, begin=begin, end=end)
 
-    def rearrange(
-        self, samples: Sequence[Sample | None], documents: Sequence[int], fingerprint: str, epoch: int
-    ) -> list[Rearranged | None]:
+    def rearrange(self, samples: Sequence[Sample | None], documents: np.ndarray, fingerprint: str, epoch: int) -> list[Rearranged | None]:
         """The texts of samples in their new order; None where there is no text, or one that cannot be cut without a change.
 
         Those are texts with special tokens inside, and bytes that are no text (which would come back as U+FFFD).
 
         Args:
             samples: windows from `text_of`.
-            documents: their numbers.
+            documents: integer [samples], their numbers.
             fingerprint: of the dataset.
             epoch: of the rows.
         """
         whole = [self._whole_text(sample) for sample in samples]
-        cuts = [
-            _cut(text, *_draws(self._seed, fingerprint, epoch, document)[2:]) if text else ("", "", "")
-            for text, document in zip(whole, documents, strict=True)
-        ]
+        draws = _draws(self._seed, fingerprint, epoch, documents).tolist()
+        cuts = [_cut(text, one, two) for text, (_, _, one, two) in zip(whole, draws, strict=True)]
         ids, lengths = self._tokenizer.encode([part for cut in cuts for part in cut], escape_special=True)
         parts = np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
         made: list[Rearranged | None] = []
-        for number, (text, document) in enumerate(zip(whole, documents, strict=True)):
+        for number, (text, (_, order, _, _)) in enumerate(zip(whole, draws, strict=True)):
             prefix, middle, suffix = parts[3 * number : 3 * number + 3]
             if not text or self._tokenizer.decode(np.concatenate([prefix, middle, suffix]).tolist()) != text:
                 made.append(None)
                 continue
-            spm = _draws(self._seed, fingerprint, epoch, document)[1] < self.settings.spm_rate
-            made.append(self._ordered(prefix, middle, suffix, spm))
+            made.append(self._ordered(prefix, middle, suffix, order < self.settings.spm_rate))
         return made
 
     def _ordered(self, prefix: np.ndarray, middle: np.ndarray, suffix: np.ndarray, spm: bool) -> Rearranged:
@@ -195,11 +200,10 @@ class Fim:
         return text
 
 
-def _draws(seed: int, fingerprint: str, epoch: int, document: int) -> tuple[float, float, float, float]:
-    """Four numbers in [0, 1) of a sample in an epoch: transform, order, and both cuts."""
-    bits = mixed(make_key("fim", seed, fingerprint, epoch, document), 4) >> np.uint64(11)
-    one, two, three, four = (bits * 2.0**-53).tolist()
-    return one, two, three, four
+def _draws(seed: int, fingerprint: str, epoch: int, documents: np.ndarray) -> np.ndarray:
+    """Four numbers in [0, 1) of each sample in an epoch: transform, order, and both cuts; float64 [k, 4]."""
+    counters = documents.astype(np.uint64)[:, None] * np.uint64(4) + np.arange(1, 5, dtype=np.uint64)
+    return (mixed(make_key("fim", seed, fingerprint, epoch), counters) >> np.uint64(11)) * 2.0**-53
 
 
 def _cut(text: str, one: float, two: float) -> tuple[str, str, str]:

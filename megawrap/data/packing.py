@@ -173,11 +173,11 @@ class Exchange:
         found = self._tables.get(epoch)
         if found is None:
             key, number = make_key("exchange", *self._key, epoch), np.maximum(self._number, 1)
-            bits = mixed(key, (2 + self.ROUNDS) * len(number)).reshape(-1, len(number)) >> np.uint64(1)
-            table = bits.astype(np.int64) % number
+            counters = np.arange(1, 1 + (2 + self.ROUNDS) * len(number)).reshape(-1, len(number))
+            table = (mixed(key, counters) >> np.uint64(1)).astype(np.int64) % number
             while (common := np.gcd(table[0], number) > 1).any():
                 table[0, common] = (table[0, common] + 1) % number[common]
-            found = table, mixed(key + 1, self.ROUNDS) | np.uint64(1)
+            found = table, mixed(key + 1, np.arange(1, 1 + self.ROUNDS)) | np.uint64(1)
             self._tables = {**dict(list(self._tables.items())[-3:]), epoch: found}  # replaced whole: another thread may read it
         return found
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +26,8 @@ from megawrap.data.rows import RowDataset
 from megawrap.data.samples import UNSUPERVISED, Counts
 from megawrap.data.splits import Group, Source, Splits, parse
 from megawrap.errors import DataError
+
+TRIED_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +354,7 @@ class _Builder:
             folders.append(self.fallback_cache_dir)
         packing, note = load_or_pack(dataset, self.key(source, train=train), folders, write=self.build_cache)
         self.notes.append(note)
-        return RowDataset(
+        rows = RowDataset(
             dataset,
             packing,
             seq_length=self.data.seq_length,
@@ -360,6 +363,28 @@ class _Builder:
             vocab_size=self.vocab_size,
             seed=self.data.seed if train else None,
             fim=self.fim if train else None,
+        )
+        if rows.fim is not None and len(rows):
+            self._try_fim(rows)
+        return rows
+
+    def _try_fim(self, rows: RowDataset) -> None:
+        """Transform all samples of a few rows, so that data of which none can be is not trained on without a word."""
+        always = copy(rows)
+        assert self.fim is not None
+        always.fim = self.fim.with_rate(1.0)
+        transformed, kept, outgrown = sum(always.row(index)["fim"] for index in range(min(len(rows), TRIED_ROWS))).tolist()
+        number = transformed + kept + outgrown
+        if transformed == 0:
+            raise DataError(
+                f"data.fim.rate is {self.data.fim.rate}, but of {number} samples of {rows.dataset.prefix} that were tried none can be"
+                f" transformed: {outgrown} would outgrow a row of {rows.seq_length} positions, {kept} have special tokens inside their"
+                " text, no text, or are cut",
+                hint="Raise data.seq_length, look at the data with megawrap data inspect, or set data.fim.rate to 0",
+            )
+        self.notes.append(
+            f"{rows.dataset.prefix}: of {number:,} samples that were tried {transformed:,} can be transformed for fill-in-the-middle"
+            f" ({outgrown:,} would outgrow their place)"
         )
 
 

@@ -222,7 +222,7 @@ class RowDataset:
         assert self.fim is not None
         drawn, transformed, outgrown = self.fim.drawn(self.fingerprint, epoch, documents), 0, 0
         samples = [self._sample(int(documents[j]), int(begins[j]), int(row["sample_lengths"][j]) + 1) for j in drawn]
-        made = self.fim.rearrange(samples, documents[drawn].tolist(), self.fingerprint, epoch)
+        made = self.fim.rearrange(samples, documents[drawn], self.fingerprint, epoch)
         for j, sample, new in zip(drawn, samples, made, strict=True):
             if new is None or sample is None:
                 continue

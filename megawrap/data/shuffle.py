@@ -35,9 +35,17 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def mixed(key: int, number: int) -> np.ndarray:
-    """The first `number` outputs of splitmix64 for a key; uint64 [number]."""
-    values = np.arange(1, number + 1, dtype=np.uint64)
+def mixed(key: int, counters: np.ndarray) -> np.ndarray:
+    """Outputs of splitmix64 for a key, each found without those before it.
+
+    Args:
+        key: from `make_key`.
+        counters: integer, any shape: which outputs, the first is 1.
+
+    Returns:
+        uint64 in the shape of `counters`.
+    """
+    values = counters.astype(np.uint64)
     values *= np.uint64(_GOLDEN)
     values += np.uint64(key & _MASK)
     return _mix(values)

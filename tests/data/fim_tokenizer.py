@@ -30,12 +30,18 @@ def write_fim_tokenizer(directory: Path, sentinels: Sequence[str] = STARCODER, *
     return directory
 
 
-def write_texts(prefix: Path, tokenizer: Tokenizer, samples: Sequence[tuple[str, str]], *, modes: bool = True) -> IndexedDataset:
-    """Pairs of (inputs, outputs) as preprocessing writes them, the end token behind the outputs; without modes as one text."""
+def write_texts(
+    prefix: Path, tokenizer: Tokenizer, samples: Sequence[tuple[str, str]], *, modes: bool = True, begin: str | None = None
+) -> IndexedDataset:  # fmt: skip
+    """Pairs of (inputs, outputs) as preprocessing writes them, the end token behind the outputs; without modes as one text.
+
+    `begin` is a special token in front of the outputs.
+    """
     texts = [text for pair in samples for text in pair]
     ids, lengths = tokenizer.encode(texts, escape_special=True)
     parts = np.split(ids, np.cumsum(lengths)[:-1])
-    documents = [[parts[n].tolist(), [*parts[n + 1].tolist(), tokenizer.eos_id]] for n in range(0, len(parts), 2)]
+    first = [] if begin is None else [tokenizer.special_tokens[begin]]
+    documents = [[parts[n].tolist(), [*first, *parts[n + 1].tolist(), tokenizer.eos_id]] for n in range(0, len(parts), 2)]
     if not modes:
         documents = [[[*inputs, *outputs]] for inputs, outputs in documents]
     writer = IndexedWriter(prefix, np.uint16)

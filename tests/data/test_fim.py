@@ -22,7 +22,7 @@ from megawrap.data.samples import select
 from megawrap.data.tokenizer import Tokenizer
 from megawrap.errors import EXIT_USAGE, DataError
 from tests.data.fim_tokenizer import SANTACODER, STARCODER, write_fim_tokenizer, write_texts
-from tests.tiny_tokenizer import END, TEXT, write_tokenizer
+from tests.tiny_tokenizer import END, PAD, TEXT, write_tokenizer
 
 SEQ = 96
 ALPHABET = "ab  \n\t(=.é—中🙂0123é<|>"
@@ -274,8 +274,19 @@ def test_special_tokens_and_broken_bytes_are_left_alone(tmp_path: Path, tokenize
     assert sample is not None and (sample.begin, sample.end) == (0, len(good))
     for ids in (special, broken, spelled, good):
         sample = replace(sample, tokens=np.array(ids), begin=0, end=len(ids))
-        found.append(fim.rearrange([sample], [0], "f", 0)[0])
+        found.append(fim.rearrange([sample], np.array([0]), "f", 0)[0])
     assert [made is not None for made in found] == [False, False, True, True]
+
+
+def test_a_begin_token_stays_in_front(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    dataset = write_texts(tmp_path / "d", tokenizer, [("", "abcdef")] * 9, begin=PAD)
+    rows, whole = rows_of(dataset, tokenizer, FimConfig(rate=1)), 0
+    for index in range(len(rows)):
+        for segment in segments_of(rows.row(index)):
+            words = in_words(tokenizer, segment["tokens"])
+            assert words.startswith(PAD + STARCODER[0]) and put_back(words) == f"{PAD}abcdef{END}"
+            whole += 1
+    assert whole == 9
 
 
 def sequence(order: Blend, dp_size: int, start: int, batches: int) -> list[tuple[Any, ...]]:

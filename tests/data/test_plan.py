@@ -176,6 +176,9 @@ def test_fill_in_the_middle_is_planned_and_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, *groups, tokenizer=str(tmp_path / "other"), fim=FimConfig(rate=0.5))
     assert Tokenizer(tmp_path / "other").sha256[:12] in message and tokenizer.sha256[:12] in message
     assert "without data.tokenizer" in refusal(tmp_path, *groups, fim=FimConfig(rate=0.5))
+    assert any("can be transformed for fill-in-the-middle" in note for note in plan.notes)
+    message = refusal(tmp_path, *groups, **{**options, "seq_length": 16}, fim=FimConfig(rate=0.01))
+    assert "data.fim.rate is 0.01, but of 16 samples" in message and "none can be transformed" in message
 
 
 def test_weights_reach_the_loss_only_by_normalize(tmp_path: Path, corpus: dict[str, list[Document]]) -> None:
