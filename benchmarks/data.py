@@ -74,6 +74,7 @@ def bars() -> list[Bar]:
         Bar(ours=ours, quantity="peak_mib", at=300, at_most=True, whole_corpus=True),
         Bar(ours=ours, theirs=f"gigatoken alone, {GPT2}", quantity="tokens_per_s", at=0.5),
         Bar(ours=ours, theirs="Megatron-LM preprocess_data.py", quantity="seconds", at=1 / 15, at_most=True),
+        Bar(ours=ours, theirs="Megatron-LM preprocess_data.py, gigatoken", quantity="seconds", at=None),
         Bar(ours=ours, theirs="Megatron-LM preprocess_data_fast.py", quantity="seconds", at=1 / 3.5, at_most=True),
         Bar(ours=ours, theirs="BigCode preprocess_data.py, two passes", quantity="seconds", at=None),
         Bar(ours=ours, theirs=f"tokenizers alone, {GPT2}", quantity="seconds", at=None),
@@ -233,8 +234,13 @@ class Bench:
                 ]  # fmt: skip
 
             workers = ("--workers", str(_num_cores()), "--log-interval", "100000")
-            for name, flags in (("preprocess_data.py", workers), ("preprocess_data_fast.py", ())):
-                found.append(Contender(label=f"Megatron-LM {name}", command=script(name, *flags), env=env, cwd=source))
+            for name, flags in (
+                ("preprocess_data.py", workers),
+                ("preprocess_data.py", (*workers, "--use-gigatoken")),
+                ("preprocess_data_fast.py", ("--use-gigatoken",)),
+            ):
+                with_gigatoken = ", gigatoken" if "--use-gigatoken" in flags and "fast" not in name else ""
+                found.append(Contender(label=f"Megatron-LM {name}{with_gigatoken}", command=script(name, *flags), env=env, cwd=source))
         if self.options.bigcode is not None:
             fork = self.options.bigcode.resolve()
 
