@@ -16,6 +16,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megawrap.config import DataConfig, ObjectiveConfig, PackingMode
 from megawrap.data.blend import Blend, Once
 from megawrap.data.fim import RESERVE, Fim
@@ -373,7 +375,8 @@ class _Builder:
         always = copy(rows)
         assert self.fim is not None
         always.fim = self.fim.with_rate(1.0)
-        transformed, kept, outgrown = sum(always.row(index)["fim"] for index in range(min(len(rows), TRIED_ROWS))).tolist()
+        tried = np.sum([always.row(index)["fim"] for index in range(min(len(rows), TRIED_ROWS))], axis=0)
+        transformed, kept, outgrown = tried.tolist()
         number = transformed + kept + outgrown
         if transformed == 0:
             raise DataError(
