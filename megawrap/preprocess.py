@@ -315,7 +315,7 @@ def _summary(task: Task, result: Result, speed: float) -> str:
     if counts.special_texts:
         notes += f"; {counts.special_texts:,} samples spell out a special token"
     total = tokens.context + tokens.target
-    return f"{task.prefix}: {counts.sentence()}; {total:,} tokens, {tokens.target:,} of them trained; {speed:.1f} MiB/s{notes}"
+    return f"{task.prefix}: {counts.sentence()}; {total:,} tokens, {tokens.target:,} of them trained; {speed:.1f} MiB/s{notes}\ntokenizer: {task.tokenizer.backend_reason}"
 
 
 if __name__ == "__main__":

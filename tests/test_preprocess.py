@@ -396,3 +396,27 @@ def test_ids_are_below_the_vocabulary(tmp_path: Path, tokenizer: Path, out: Path
     data = IndexedDataset(out)
     assert data.dtype == np.uint16
     assert data.max_token_id == int(data.tokens.max()) < 300
+
+
+MALFORMED = {
+    "braces": b"{" * 3_000_000,
+    "brackets": b'{"inputs": ' + b"[" * 3_000_000,
+    "quotes": b'{"inputs": "a", "outputs": ' + b'"' * 3_000_001,
+    "backslashes": b'{"inputs": "' + b"\\" * 3_000_001,
+    "escapes": b'{"inputs": "' + b"\\u0022" * 500_000 + b'", "outputs": "b", "inputs": "c"}',
+    "not text": b'{"inputs": "' + b"\xff" * 3_000_000,
+    "spaces": b"{" + b" " * 3_000_000,
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_one_malformed_line_never_hangs(tmp_path: Path, tokenizer: Path, out: Path, name: str) -> None:
+    """A worker that dies of a line must not leave the others waiting, and no check may take the square of its length."""
+    good = b'{"inputs": "a", "outputs": "b"}\n'
+    (tmp_path / "data.jsonl").write_bytes(good * 500 + MALFORMED[name] + b"\n" + good * 500)
+    command = [sys.executable, "-m", "megawrap.preprocess", "--input", tmp_path / "data.jsonl", "--tokenizer", tokenizer]
+    done = subprocess.run([*command, "--output-prefix", out, "--workers", "2"], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == EXIT_USAGE
+    assert f"{tmp_path / 'data.jsonl'}:501" in done.stderr
+    assert len(done.stderr) < 2000
+    assert not out.parent.exists()
