@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 import importlib
 import io
 import pickle
@@ -37,6 +38,7 @@ _METADATA_GLOBALS = {
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
 }
+_GETATTR = ("builtins", "getattr")
 _PATHS = re.compile(r"^pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path$")
 _NUMPY = re.compile(r"^numpy(\.ndarray|\.dtype|\.dtypes\.\w+DType|\.(core|_core)\.multiarray\.(_reconstruct|scalar))$")
 _STORAGES: dict[str, torch.dtype] = torch.storage._storage_type_to_dtype_map()
@@ -85,6 +87,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if _PATHS.match(f"{module}.{name}"):
             return _foreign_class(f"{module}.{name}")  # a path in storage_meta: nothing here follows it
+        if (module, name) == _GETATTR:
+            return _enumeration_member
         if module == "megatron.core.dist_checkpointing.strategies.torch" and name in ("MCoreMetadata", "MCoreSavePlan"):
             return _foreign_class(f"{module}.{name}")
         raise CheckpointError(
@@ -123,11 +127,22 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _enumeration_member(kind: Any, name: str) -> Any:
+    """`getattr` as Python 3.11.0 to 3.11.3 pickle a member of an enumeration, for that alone."""
+    if isinstance(kind, type) and issubclass(kind, Foreign):
+        return kind(name)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for attribute {name!r} of {kind!r}, which is no enumeration's")
+
+
 def _allowed(name: str) -> tuple[Any, str] | None:
     if name == "argparse.Namespace":
         return Namespace, name
     if name == "_codecs.encode":
         return _latin1, name
+    if name == ".".join(_GETATTR):
+        return _enumeration_member, name
     if name.startswith("megatron.") or _PATHS.match(name) or name in ("signal.Signals", "types.SimpleNamespace"):
         return _foreign_class(name), name
     if _NUMPY.match(name):

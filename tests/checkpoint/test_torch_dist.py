@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 import zipfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megawrap.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, common_bytes
 from megawrap.checkpoint.untrusted import Foreign, load_plain
@@ -181,6 +185,37 @@ def test_files_outside_the_directory_are_refused(written: Path, name: str, tmp_p
     next(iter(metadata.storage_data.values())).relative_path = name
     (written / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"plain relative path|leads outside"):
+        TorchDistReader(written, trust=True)
+
+
+class _AsPython311Did(pickle.Pickler):
+    """Members of enumerations by name through getattr, as the releases 3.11.0 to 3.11.3 of Python write them."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_enumerations_of_early_python_3_11_are_read(written: Path, tensors: dict[str, torch.Tensor]) -> None:
+    metadata = pickle.loads((written / ".metadata").read_bytes())  # written by this test's own fixture
+    with open(written / ".metadata", "wb") as file:
+        _AsPython311Did(file).dump(metadata)
+    assert b"getattr" in (written / ".metadata").read_bytes()
+    reader = TorchDistReader(written, trust=True)
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
+
+
+class _Method:
+    def __init__(self, owner: type, name: str) -> None:
+        self.asked = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+@pytest.mark.parametrize("asked", [(Metadata, "__init__"), (TensorProperties, "create_from_tensor"), (WriteItemType, "mro")])
+def test_getattr_reaches_members_of_enumerations_only(written: Path, asked: tuple[type, str]) -> None:
+    (written / ".metadata").write_bytes(pickle.dumps(_Method(*asked)))
+    with pytest.raises(CheckpointError, match=rf"asks for attribute '{asked[1]}'"):
         TorchDistReader(written, trust=True)
 
 
