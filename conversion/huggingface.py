@@ -190,7 +190,7 @@ class HFDirectory(Source):
 
     def _tied_names(self) -> set[str]:
         """Names under which a tied model may carry its head a second time."""
-        return {"lm_head.weight"}
+        return {self.family.head}
 
     def _check_shapes(self) -> dict[str, torch.dtype]:
         import torch

@@ -73,7 +73,7 @@ class Ledger:
         """Check by its row numbers that each rule moves every row to exactly one place, and back."""
         for rule in rules:
             narrow = rule.changed(columns=())
-            sources = list(torch.arange(math.prod(narrow.megatron_shape)).split([rule.groups * count for count in rule.rows]))
+            sources = list(torch.arange(math.prod(narrow.megatron_shape)).split([math.prod(shape) for shape in narrow.hf_shapes.values()]))
             moved = narrow.from_hf(sources)
             back = narrow.to_hf(moved)
             if not torch.equal(moved.sort().values, torch.arange(len(moved))) or not all(map(torch.equal, back, sources)):

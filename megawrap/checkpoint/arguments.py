@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megawrap.models.architecture import Architecture
+from megawrap.models.architecture import DEFAULTS, Architecture
 
 CHECKPOINT_VERSION = 3.0
 _FIELDS = {
@@ -36,7 +36,7 @@ def megatron_arguments(architecture: Architecture, padded_vocab_size: int, preci
         tp: tensor-parallel size it was saved at.
         pp: pipeline-parallel size it was saved at.
     """
-    gated = architecture.gated
+    gated, scaling = architecture.gated, architecture.rope_scaling
     return Namespace(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -51,8 +51,13 @@ def megatron_arguments(architecture: Architecture, padded_vocab_size: int, preci
         padded_vocab_size=padded_vocab_size,
         position_embedding_type="learned_absolute" if architecture.position == "learned" else "rope",
         rotary_base=architecture.rope_theta,
-        rotary_percent=1.0,
+        rotary_percent=architecture.rotary_fraction,
         rotary_interleaved=False,
+        use_rope_scaling=scaling is not None and scaling.kind == "llama3",
+        rope_scaling_factor=scaling.factor if scaling is not None and scaling.kind == "llama3" else 8.0,
+        rotary_seq_len_interpolation_factor=scaling.factor if scaling is not None and scaling.kind == "linear" else None,
+        window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
+        qk_layernorm=architecture.qk_norm,
         normalization="RMSNorm" if architecture.norm == "rmsnorm" else "LayerNorm",
         norm_epsilon=architecture.norm_epsilon,
         swiglu=gated and architecture.activation == "silu",
@@ -82,7 +87,7 @@ def differences(common: Mapping[str, Any], architecture: Architecture, padded_vo
     said = common.get("megawrap")
     described = said.get("architecture") if isinstance(said, dict) else None
     if isinstance(said, dict) and isinstance(described, dict):
-        theirs, ours = {**described}, architecture.to_dict()
+        theirs, ours = {**DEFAULTS, **described}, architecture.to_dict()
         theirs["padded_vocab_size"], ours["padded_vocab_size"] = said.get("padded_vocab_size"), padded_vocab_size
         names = [*ours, *(name for name in theirs if name not in ours)]
         return [(name, theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)]

@@ -10,8 +10,11 @@ from typing import Any
 
 from megawrap.errors import ConfigError, ConversionError
 from megawrap.families.base import Family
+from megawrap.families.gpt2 import GPT2
 from megawrap.families.gpt_bigcode import GPTBigCode
 from megawrap.families.llama import Llama
+from megawrap.families.mistral import Mistral
+from megawrap.families.qwen2 import Qwen2
 
 _REGISTERED: dict[str, Family] = {}
 
@@ -55,5 +58,5 @@ def from_hf_config(config: Mapping[str, Any]) -> Family:
     raise ConversionError(f"model_type is {model_type!r} (architectures {classes!r}), which no family maps", hint=f"known are {listed}")
 
 
-for _family in (GPTBigCode(), Llama()):
+for _family in (GPT2(), GPTBigCode(), Llama(), Mistral(), Qwen2()):
     register(_family)

@@ -28,7 +28,8 @@ class Rule:
     """One megatron tensor made of the rows of one or more Hugging Face tensors.
 
     The rows of source i are `groups` blocks of `rows[i]`. The megatron tensor holds, group after group, the block of the
-    first source, then of the second, and so on: `cat([t.view(groups, rows[i], *columns) ...], dim=1)`.
+    first source, then of the second, and so on: `cat([t.view(groups, rows[i], *columns) ...], dim=1)`. One name for several
+    `rows` is a tensor in which the sources lie one after the other.
     """
 
     megatron: str
@@ -43,6 +44,8 @@ class Rule:
     """What follows the first dimension; the same for all."""
     vocab: bool = False
     """The first dimension is the vocabulary: megatron checkpoints pad it."""
+    transposed: bool = False
+    """A matrix lies as [inputs, outputs] on the Hugging Face side: its rows here are its columns there."""
 
     @property
     def per_layer(self) -> bool:
@@ -57,7 +60,9 @@ class Rule:
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every Hugging Face tensor."""
-        return {name: (self.groups * count, *self.columns) for name, count in zip(self.hf, self.rows, strict=True)}
+        rows = self.rows if len(self.hf) == len(self.rows) else (sum(self.rows),)
+        shapes = {name: (self.groups * count, *self.columns) for name, count in zip(self.hf, rows, strict=True)}
+        return {name: shape[::-1] for name, shape in shapes.items()} if self.transposed else shapes
 
     def at(self, layer: int) -> Rule:
         """The rule of one layer, its names written out."""
@@ -73,19 +78,28 @@ class Rule:
 
     def from_hf(self, tensors: Sequence[Tensor]) -> Tensor:
         """Lay Hugging Face tensors (in the order of `hf`) out as the megatron tensor."""
-        if len(tensors) == 1:
+        if self.transposed:
+            tensors = [tensor.t().contiguous() if tensor.ndim == 2 else tensor for tensor in tensors]
+        if len(self.rows) == 1:
             return tensors[0]
         import torch
 
+        if len(tensors) == 1:
+            tensors = tensors[0].split([self.groups * count for count in self.rows])
         blocks = [tensor.view(self.groups, count, *self.columns) for tensor, count in zip(tensors, self.rows, strict=True)]
         return torch.cat(blocks, dim=1).view(self.megatron_shape)
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         """Cut the megatron tensor into its Hugging Face tensors, in the order of `hf`."""
-        if len(self.hf) == 1:
-            return [tensor]
-        blocks = tensor.view(self.groups, sum(self.rows), *self.columns).split(self.rows, dim=1)
-        return [block.reshape(shape) for block, shape in zip(blocks, self.hf_shapes.values(), strict=True)]
+        parts = [tensor]
+        if len(self.rows) > 1:
+            blocks = tensor.view(self.groups, sum(self.rows), *self.columns).split(self.rows, dim=1)
+            parts = [block.reshape(-1, *self.columns) for block in blocks]
+        if len(self.hf) < len(parts):
+            import torch
+
+            parts = [torch.cat(parts)]
+        return [part.t().contiguous() if part.ndim == 2 else part for part in parts] if self.transposed else parts
 
 
 class Copy(Rule):
@@ -109,6 +123,21 @@ class QKV(Rule):
         heads_per_group = architecture.num_attention_heads // architecture.num_query_groups
         width = architecture.head_dim
         super().__init__(megatron, hf, architecture.num_query_groups, (heads_per_group * width, width, width), columns)
+
+
+class Transposed(Rule):
+    """A matrix that lies as [inputs, outputs] on the Hugging Face side (transformers' Conv1D); `shape` is [outputs, inputs]."""
+
+    def __init__(self, megatron: str, hf: str, *shape: int) -> None:
+        super().__init__(megatron, (hf,), 1, shape[:1], shape[1:], transposed=True)
+
+
+class FusedQKV(Rule):
+    """One Hugging Face tensor of all queries, all keys and all values; [Q, K, V] head by head in megatron (multi-head)."""
+
+    def __init__(self, megatron: str, hf: str, architecture: Architecture, *columns: int, transposed: bool = False) -> None:
+        width = architecture.head_dim
+        super().__init__(megatron, (hf,), architecture.num_attention_heads, (width,) * 3, columns, transposed=transposed)
 
 
 class GatedMLP(Rule):
@@ -135,6 +164,8 @@ class Family(ABC):
     """`model_type` of config.json."""
     hf_class: ClassVar[str]
     """The transformers class, as in `architectures` of config.json."""
+    head: ClassVar[str] = "lm_head.weight"
+    """Name of the output layer on disk, which a tied model may carry a second time."""
     ignored_tensors: ClassVar[tuple[str, ...]] = ()
     """Endings of names in old weight files that are constants, not parameters."""
 

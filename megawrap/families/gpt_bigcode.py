@@ -22,7 +22,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
-_TO_HF = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 _ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -30,12 +29,16 @@ _ALIASES = {
     "num_hidden_layers": "n_layer",
 }
 _KEYS = (
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "multi_query",
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon",
     "tie_word_embeddings",
-    # settings of the implementation, and of a classification head that the model does not have
+    # settings of a classification head that the model does not have
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+)  # fmt: skip
+_OWN_KEYS = (
+    "multi_query",
+    # settings of the implementation
     "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner", "max_batch_size", "max_sequence_length",
-    "pad_key_length", "pre_allocate_kv_cache", "validate_runner_input", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "pad_key_length", "pre_allocate_kv_cache", "validate_runner_input",
 )  # fmt: skip
 
 
@@ -47,32 +50,57 @@ class GPTBigCode(Family):
     hf_class = "GPTBigCodeForCausalLM"
     ignored_tensors = (".attn.bias", ".attn.masked_bias")
 
+    tanh_gelu = "gelu_pytorch_tanh"
+    """What config.json calls the activation when it is the tanh approximation."""
+
+    def groups(self, config: Mapping[str, Any]) -> int:
+        """Key/value heads, once the keys that only this family has are checked.
+
+        Raises:
+            ConversionError: a key has a value that is not mapped, or is not known.
+        """
+        multi_query, heads = flag(config, "multi_query", True), config.get("n_head", 12)
+        groups = 1 if multi_query else heads
+        self.refuse(config, mapped=(*_KEYS, *_OWN_KEYS), fixed=self.fixed() | {"num_key_value_heads": (groups,)})
+        return groups
+
+    def own_keys(self, architecture: Architecture) -> dict[str, Any]:
+        """The inverse of `groups`: what config.json has besides the keys of GPT-2."""
+        return {
+            "multi_query": architecture.num_query_groups == 1,
+            "num_key_value_heads": architecture.num_query_groups,
+            "attention_softmax_in_fp32": True,
+            "scale_attention_softmax_in_fp32": True,
+        }
+
+    def mapped_keys(self) -> tuple[str, ...]:
+        """Keys that `from_hf` reads, apart from those of `groups`."""
+        return _KEYS
+
+    def fixed(self) -> dict[str, tuple[Any, ...]]:
+        """Keys that may only have these values."""
+        return {
+            "scale_attn_weights": (True,),
+            "add_cross_attention": (False,),
+            "is_encoder_decoder": (False,),
+            "activation_function": tuple(_ACTIVATIONS),
+        }
+
     def from_hf(self, config: Mapping[str, Any]) -> Architecture:
-        """See `Family.from_hf`; missing keys have the defaults of transformers' GPTBigCodeConfig."""
+        """See `Family.from_hf`; missing keys have the defaults of transformers."""
         config = {_ALIASES.get(key, key): value for key, value in config.items()}
-        multi_query = flag(config, "multi_query", True)
         heads, hidden = config.get("n_head", 12), config.get("n_embd", 768)
-        self.refuse(
-            config,
-            mapped=_KEYS,
-            fixed={
-                "scale_attn_weights": (True,),
-                "add_cross_attention": (False,),
-                "is_encoder_decoder": (False,),
-                "num_key_value_heads": (1 if multi_query else heads,),
-                "activation_function": tuple(_ACTIVATIONS),
-            },
-        )
+        groups = self.groups(config)
         if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0 and hidden % heads == 0):
             raise ConversionError(
-                f"n_embd {hidden!r} is not a multiple of n_head {heads!r}", hint="config.json does not describe a GPTBigCode model"
+                f"n_embd {hidden!r} is not a multiple of n_head {heads!r}", hint=f"config.json does not describe a {self.name} model"
             )
         return Architecture(
             family=self.name,
             num_layers=config.get("n_layer", 12),
             hidden_size=hidden,
             num_attention_heads=heads,
-            num_query_groups=1 if multi_query else heads,
+            num_query_groups=groups,
             head_dim=hidden // heads,
             ffn_hidden_size=config.get("n_inner") or 4 * hidden,
             vocab_size=config.get("vocab_size", 50257),
@@ -80,7 +108,7 @@ class GPTBigCode(Family):
             position="learned",
             norm="layernorm",
             norm_epsilon=positive(config, "layer_norm_epsilon", 1e-5),
-            activation=_ACTIVATIONS[config.get("activation_function", "gelu_pytorch_tanh")],
+            activation=_ACTIVATIONS[config.get("activation_function", self.tanh_gelu)],
             gated=False,
             linear_bias=True,
             qkv_bias=True,
@@ -89,7 +117,6 @@ class GPTBigCode(Family):
 
     def to_hf(self, architecture: Architecture) -> dict[str, Any]:
         """See `Family.to_hf`."""
-        multi_query = architecture.num_query_groups == 1
         return {
             "architectures": [self.hf_class],
             "model_type": self.model_type,
@@ -99,13 +126,9 @@ class GPTBigCode(Family):
             "n_layer": architecture.num_layers,
             "n_head": architecture.num_attention_heads,
             "n_inner": architecture.ffn_hidden_size,
-            "activation_function": _TO_HF[architecture.activation],
-            "multi_query": multi_query,
-            "num_key_value_heads": architecture.num_query_groups,
+            "activation_function": self.tanh_gelu if architecture.activation == "gelu_tanh" else architecture.activation,
             "layer_norm_epsilon": architecture.norm_epsilon,
             "tie_word_embeddings": architecture.tied,
-            "attention_softmax_in_fp32": True,
-            "scale_attention_softmax_in_fp32": True,
             "scale_attn_weights": True,
             "add_cross_attention": False,
             "resid_pdrop": 0.0,
@@ -117,6 +140,7 @@ class GPTBigCode(Family):
             "eos_token_id": None,
             "pad_token_id": None,
             "transformers_version": TRANSFORMERS_VERSION,
+            **self.own_keys(architecture),
         }
 
     def rules(self, architecture: Architecture) -> list[Rule]:

@@ -1,15 +1,16 @@
 """Llama: grouped-query attention with rotary positions, RMSNorm, gated silu MLP, tied or untied head.
 
 transformers' rotary halves are megatron-core's (`rotary_interleaved=False`), so query and key rows are interleaved by
-group and never permuted inside a head. Rotary scaling is refused, not dropped.
+group and never permuted inside a head. Families that differ from Llama in a few settings are its subclasses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from megawrap.errors import ConversionError
+from megawrap.families import rotary
 from megawrap.families.base import LAYER, QKV, TRANSFORMERS_VERSION, Copy, Family, GatedMLP, Rule, Vocab, flag, positive
 from megawrap.models.architecture import Activation, Architecture
 
@@ -17,8 +18,7 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu": 
 _TO_HF = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 _KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias",
-    "mlp_bias", "head_dim", "pretraining_tp", "attention_dropout",
+    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "head_dim", "attention_dropout", *rotary.KEYS,
 )  # fmt: skip
 
 
@@ -29,19 +29,23 @@ class Llama(Family):
     model_type = "llama"
     hf_class = "LlamaForCausalLM"
     ignored_tensors = (".rotary_emb.inv_freq",)
+    epsilon: ClassVar[float] = 1e-5
+    """Of the norms of a model from scratch."""
 
-    def from_hf(self, config: Mapping[str, Any]) -> Architecture:
-        """See `Family.from_hf`; missing keys have the defaults of transformers' LlamaConfig."""
+    hf_defaults: ClassVar[Mapping[str, Any]] = {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    """Sizes of a config.json that does not give them, as in transformers."""
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Where a family differs: the fields linear_bias, qkv_bias, qk_norm and sliding_window of its architecture.
+
+        Raises:
+            ConversionError: a setting is not mapped, or a key is not known.
+        """
         self.refuse(
-            config,
-            mapped=_KEYS,
-            fixed={
-                "hidden_act": tuple(_ACTIVATIONS),
-                "is_encoder_decoder": (False,),
-                "add_cross_attention": (False,),
-                "sliding_window": (None,),
-                "partial_rotary_factor": (1, 1.0),
-            },
+            config, mapped=(*_KEYS, "attention_bias", "mlp_bias", "pretraining_tp"), fixed=self.fixed() | {"sliding_window": (None,)}
         )
         attention_bias, mlp_bias = flag(config, "attention_bias", False), flag(config, "mlp_bias", False)
         if attention_bias != mlp_bias:
@@ -49,29 +53,51 @@ class Llama(Family):
                 f"attention_bias is {attention_bias} and mlp_bias is {mlp_bias}; llama maps both true or both false",
                 hint="megatron-core has one switch for the biases of the attention output and of the MLP",
             )
-        heads, hidden = config.get("num_attention_heads", 32), config.get("hidden_size", 4096)
+        return {"linear_bias": mlp_bias, "qkv_bias": attention_bias}
+
+    def own_keys(self, architecture: Architecture) -> dict[str, Any]:
+        """The inverse of `settings`: what config.json has besides the keys of all these families."""
+        return {"attention_bias": architecture.qkv_bias, "mlp_bias": architecture.linear_bias, "pretraining_tp": 1}
+
+    def mapped_keys(self) -> tuple[str, ...]:
+        """Keys that `from_hf` reads in all these families."""
+        return _KEYS
+
+    def fixed(self) -> dict[str, tuple[Any, ...]]:
+        """Keys that may only have these values in all these families."""
+        no = (False,)
+        return {
+            "hidden_act": tuple(_ACTIVATIONS),
+            "is_encoder_decoder": no,
+            "add_cross_attention": no,
+            "partial_rotary_factor": (1, 1.0),
+        }
+
+    def from_hf(self, config: Mapping[str, Any]) -> Architecture:
+        """See `Family.from_hf`; missing keys have the defaults of transformers."""
+        settings = self.settings(config)
+        sizes = {name: config.get(name, default) for name, default in self.hf_defaults.items()}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0):
             raise ConversionError(f"hidden_size is {hidden!r} and num_attention_heads {heads!r}; they must be whole numbers above 0")
-        groups = config.get("num_key_value_heads")
+        groups = sizes["num_key_value_heads"]
         return Architecture(
             family=self.name,
-            num_layers=config.get("num_hidden_layers", 32),
+            num_layers=sizes["num_hidden_layers"],
             hidden_size=hidden,
             num_attention_heads=heads,
             num_query_groups=heads if groups is None else groups,
-            head_dim=config.get("head_dim") or hidden // heads,
-            ffn_hidden_size=config.get("intermediate_size", 11008),
-            vocab_size=config.get("vocab_size", 32000),
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            position="rope",
-            rope_theta=_rope_theta(config),
+            head_dim=sizes["head_dim"] or hidden // heads,
+            ffn_hidden_size=sizes["intermediate_size"],
+            vocab_size=sizes["vocab_size"],
+            max_position_embeddings=sizes["max_position_embeddings"],
+            **rotary.from_hf(config),
             norm="rmsnorm",
             norm_epsilon=positive(config, "rms_norm_eps", 1e-6),
             activation=_ACTIVATIONS[config.get("hidden_act", "silu")],
             gated=True,
-            linear_bias=mlp_bias,
-            qkv_bias=attention_bias,
             tied=flag(config, "tie_word_embeddings", False),
+            **settings,
         )
 
     def to_hf(self, architecture: Architecture) -> dict[str, Any]:
@@ -89,18 +115,16 @@ class Llama(Family):
             "hidden_act": _TO_HF[architecture.activation],
             "max_position_embeddings": architecture.max_position_embeddings,
             "rms_norm_eps": architecture.norm_epsilon,
-            "rope_parameters": {"rope_type": "default", "rope_theta": architecture.rope_theta},
-            "attention_bias": architecture.qkv_bias,
-            "mlp_bias": architecture.linear_bias,
             "attention_dropout": 0.0,
             "tie_word_embeddings": architecture.tied,
             "initializer_range": 0.02,
-            "pretraining_tp": 1,
             "use_cache": True,
             "bos_token_id": None,
             "eos_token_id": None,
             "pad_token_id": None,
             "transformers_version": TRANSFORMERS_VERSION,
+            **rotary.to_hf(architecture),
+            **self.own_keys(architecture),
         }
 
     def rules(self, architecture: Architecture) -> list[Rule]:
@@ -121,11 +145,16 @@ class Llama(Family):
             names = (f"{hf}mlp.gate_proj.{kind}", f"{hf}mlp.up_proj.{kind}")
             return GatedMLP(f"{LAYER}mlp.linear_fc1.{kind}", names, architecture, *columns)
 
+        norms_of_heads = [
+            Copy(f"{LAYER}self_attention.{kind}_layernorm.weight", f"{hf}self_attn.{kind}_norm.weight", architecture.head_dim)
+            for kind in ("q", "k")
+        ]
         rules: list[Rule] = [
             Vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, hidden),
             Copy(f"{LAYER}self_attention.linear_qkv.layer_norm_weight", f"{hf}input_layernorm.weight", hidden),
             qkv("weight", hidden),
             *([qkv("bias")] if architecture.qkv_bias else []),
+            *(norms_of_heads if architecture.qk_norm else []),
             Copy(f"{LAYER}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight", hidden, width),
             *([Copy(f"{LAYER}self_attention.linear_proj.bias", f"{hf}self_attn.o_proj.bias", hidden)] if architecture.linear_bias else []),
             Copy(f"{LAYER}mlp.linear_fc1.layer_norm_weight", f"{hf}post_attention_layernorm.weight", hidden),
@@ -162,7 +191,7 @@ class Llama(Family):
         return {**config, **changes}
 
     def defaults(self, **given: Any) -> Architecture:
-        """See `Family.defaults`; multi-head, an MLP of 8/3 x hidden_size rounded up to 64, untied, no biases."""
+        """See `Family.defaults`; multi-head, an MLP of 8/3 x hidden_size rounded up to 64, untied; biases as in published models."""
         values = self.needed(given)
         tied = given.get("tie_word_embeddings")
         return Architecture(
@@ -171,33 +200,9 @@ class Llama(Family):
             ffn_hidden_size=given.get("ffn_hidden_size") or -(-(8 * values["hidden_size"]) // (3 * 64)) * 64,
             position="rope",
             norm="rmsnorm",
-            norm_epsilon=1e-5,
+            norm_epsilon=self.epsilon,
             activation="silu",
             gated=True,
-            linear_bias=False,
-            qkv_bias=False,
             tied=False if tied is None else tied,
+            **self.settings({"sliding_window": None}),
         )
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base from either spelling: rope_parameters (transformers 5) or rope_theta with rope_scaling (4)."""
-    bases = [config["rope_theta"]] if config.get("rope_theta") is not None else []
-    for key in ("rope_parameters", "rope_scaling"):
-        values = config.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, Mapping):
-            raise ConversionError(f"{key} is {values!r}; it must be an object or null")
-        kind = values.get("rope_type", values.get("type", "default"))
-        others = {name: value for name, value in values.items() if name not in ("rope_type", "type", "rope_theta") and value is not None}
-        if kind != "default" or (others and others != {"partial_rotary_factor": 1.0}):
-            raise ConversionError(
-                f"{key} is {dict(values)!r}; only rope_type 'default' is mapped",
-                hint="rotary scaling is not mapped and will not be dropped silently",
-            )
-        if values.get("rope_theta") is not None:
-            bases.append(values["rope_theta"])
-    if any(not isinstance(base, int | float) or isinstance(base, bool) or base <= 0 or base != bases[0] for base in bases):
-        raise ConversionError(f"the rotary base is given as {bases}; it must be one number above 0")
-    return float(bases[0]) if bases else 10000.0

@@ -7,7 +7,7 @@ the converters read it, and every checkpoint carries it as a plain dictionary. N
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from megawrap.errors import ConfigError
@@ -21,6 +21,22 @@ LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched so that a model reaches further than it was first trained."""
+
+    kind: Literal["linear", "llama3"]
+    """linear: all by the factor; llama3: only the slow ones, with a smooth passage between two wavelengths."""
+    factor: float
+    """What slow frequencies are divided by."""
+    low_frequency_factor: float = 1.0
+    """llama3: frequencies with a wavelength above original_max_position_embeddings over this are divided."""
+    high_frequency_factor: float = 4.0
+    """llama3: those with a wavelength below original_max_position_embeddings over this are kept."""
+    original_max_position_embeddings: int = 8192
+    """llama3: positions of the model before it was stretched."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Shape and function of a pre-norm decoder-only transformer.
 
@@ -29,7 +45,7 @@ class Architecture:
     """
 
     family: str
-    """Registered family: gpt_bigcode or llama."""
+    """Name of a registered family (`megawrap.families.known()`)."""
     num_layers: int
     """Transformer layers."""
     hidden_size: int
@@ -47,9 +63,19 @@ class Architecture:
     max_position_embeddings: int
     """Longest position the model knows."""
     position: Position
-    """Learned absolute positions, or rotary positions over the whole head."""
+    """Learned absolute positions, or rotary positions."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are stretched; none leaves them."""
+    rotary_fraction: float = 1.0
+    """Share of a head that rotates; its first int(head_dim x share) elements do."""
+    sliding_window: int | None = None
+    """Positions a position attends to, itself counted; none is all before it."""
+    qk_norm: bool = False
+    """Every head's query and key is normalised (over head_dim) before it is rotated."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, and both are added to it."""
     norm: Norm
     """LayerNorm with weight and bias, or RMSNorm with weight."""
     norm_epsilon: float
@@ -89,8 +115,18 @@ class Architecture:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}",
                 hint="every key/value head serves the same number of query heads",
             )
-        if self.position == "rope" and self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.position == "rope" and (self.rotary_width % 2 or not 0 < self.rotary_width <= self.head_dim):
+            raise ConfigError(
+                f"head_dim is {self.head_dim}, of which {self.rotary_width} elements rotate; rotary positions need an even number of them"
+            )
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise ConfigError(f"sliding_window is {window!r}; it must be a whole number above 0, or none")
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a head that rotate."""
+        return int(self.head_dim * self.rotary_fraction)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for checkpoints and JSON."""
@@ -101,19 +137,24 @@ class Architecture:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: a field is missing or not known.
+            ConfigError: a field is missing or not known; fields with a default may be missing.
         """
         names = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - names)
-        missing = sorted(names - set(values) - {"rope_theta"})
+        missing = sorted(names - set(DEFAULTS) - set(values))
         if unknown or missing:
             raise ConfigError(
                 f"the architecture has unknown fields {unknown} and misses {missing}; allowed are {sorted(names)}",
                 hint="it was written by another version of megawrap",
             )
-        return cls(**values)
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
     def padded_vocab_size(self, divisor: int, tp: int) -> int:
         """Rows of the embedding: `vocab_size` rounded up to a multiple of `divisor` x `tp`."""
         multiple = divisor * tp
         return -(-self.vocab_size // multiple) * multiple
+
+
+DEFAULTS: Mapping[str, Any] = {item.name: item.default for item in fields(Architecture) if item.default is not MISSING}
+"""Fields that descriptions written by earlier versions do not have, with the value they then mean."""

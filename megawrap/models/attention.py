@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from megawrap.models.architecture import RopeScaling
 from megawrap.models.batch import Segments
 from megawrap.models.blocked_attention import blocked_attention
 from megawrap.models.widened_attention import widened_attention
@@ -30,21 +31,38 @@ BLOCKED_UP_TO = 1024
 """On CPU longer segments, up to this long, are attended by `blocked_attention`, which keeps their probabilities."""
 
 
-def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the rotary angles, [T, 1, D] each, computed in fp32.
+def rotary_tables(
+    position_ids: torch.Tensor, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the rotary angles, [T, 1, width] each, computed in fp32.
 
-    The angle of pair i at position p is p x theta^(-2i/D) (Su et al., 2021); halves of a head rotate against each
+    The angle of pair i at position p is p x theta^(-2i/width) (Su et al., 2021); halves of a head rotate against each
     other, as in Llama's published weights, not neighbours.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim)
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width)
+    if scaling is not None:
+        frequencies = _stretched(frequencies, scaling)
     angles = torch.outer(position_ids.reshape(-1).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def _stretched(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Frequencies of a model that reaches further: "linear" of Chen et al. 2023, "llama3" of Llama 3.1's published code."""
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the positions of the first training
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Apply rotary angles to [T, heads, D]."""
+    """Apply rotary angles to [T, heads, D]; with tables narrower than D, to the first elements of each head."""
     cos, sin = rotary
+    width = cos.size(-1)
+    if width < x.size(-1):
+        return torch.cat([rotate(x[..., :width], rotary), x[..., width:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -69,6 +87,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -98,7 +117,7 @@ class PackedAttention(MegatronModule):
         longest = segments.max_seqlen_q
         out = varlen_attn(
             query, key, value, segments.cu_seqlens_q, segments.cu_seqlens_kv, longest, longest,
-            scale=self.scale, window_size=(-1, 0), enable_gqa=query.size(1) != key.size(1),
+            scale=self.scale, window_size=(-1 if self.window is None else self.window - 1, 0), enable_gqa=query.size(1) != key.size(1),
         )  # fmt: skip
         return out.flatten(1)
 
@@ -112,6 +131,8 @@ class PackedAttention(MegatronModule):
     def _segment(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> torch.Tensor:
         """One segment by the kernel that is fastest for its length; [S, N, D] in and out."""
         cpu, length = query.device.type == "cpu", query.size(0)
+        if self.window is not None and length > self.window:
+            return _windowed_attention(query, key, value, self.scale, dropout, self.window)
         if cpu and not dropout and WIDENED_UP_TO < length <= BLOCKED_UP_TO and query.dtype in (torch.float32, torch.bfloat16):
             return blocked_attention(query, key, value, self.scale)
         if cpu and not dropout and length <= WIDENED_UP_TO and query.element_size() < 4:
@@ -123,6 +144,33 @@ class PackedAttention(MegatronModule):
             grouped = q.size(1) != k.size(1)
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped, dropout_p=dropout)
         return out.squeeze(0).transpose(0, 1)
+
+
+def _windowed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float, window: int
+) -> torch.Tensor:
+    """Causal attention to the last `window` positions, [S, N, D] in and out, by blocks of at most `window` queries.
+
+    A block sees at most two windows of keys, so that work and memory grow with S x window, not with S^2. Blocks with dropout
+    are computed again for their gradient, as in `_dropped_attention`.
+    """
+    repeat = query.size(1) // key.size(1)
+    q, k, v = query.transpose(0, 1), key.transpose(0, 1).repeat_interleave(repeat, 0), value.transpose(0, 1).repeat_interleave(repeat, 0)
+    size = min(window, 4 * QUERY_BLOCK)
+    positions = torch.arange(query.size(0), device=query.device)
+
+    def block(begin: int, q_block: torch.Tensor, k_seen: torch.Tensor, v_seen: torch.Tensor) -> torch.Tensor:
+        end = begin + q_block.size(1)
+        distance = positions[begin:end, None] - positions[None, end - k_seen.size(1) : end]
+        seen = (distance >= 0) & (distance < window)
+        return scaled_dot_product_attention(q_block, k_seen, v_seen, attn_mask=seen, scale=scale, dropout_p=dropout)
+
+    parts = []
+    for begin in range(0, query.size(0), size):
+        end, first = min(begin + size, query.size(0)), max(0, begin - window + 1)
+        inputs = (begin, q[:, begin:end], k[:, first:end], v[:, first:end])
+        parts.append(checkpoint(block, *inputs, use_reentrant=False) if dropout else block(*inputs))
+    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
 def _dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:

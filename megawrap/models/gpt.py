@@ -71,9 +71,10 @@ class GPT(GPTModel):
         """
         hidden = self.embedding(input_ids=batch.tokens, position_ids=batch.position_ids) if self.pre_process else None
         segments = batch.segments
-        if self.architecture.position == "rope" and segments.rotary is None:
+        model = self.architecture
+        if model.position == "rope" and segments.rotary is None:
             dtype = self.config.params_dtype
-            segments.rotary = rotary_tables(batch.position_ids, self.architecture.head_dim, self.architecture.rope_theta, dtype)
+            segments.rotary = rotary_tables(batch.position_ids, model.rotary_width, model.rope_theta, dtype, model.rope_scaling)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=segments)
         if not self.post_process:
             return hidden
@@ -85,10 +86,10 @@ class GPT(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         if mode == "logits":
             logits = gather_from_tensor_model_parallel_region(at_targets @ weight.t(), group=group)
-            return logits[:, : self.architecture.vocab_size].float()
+            return logits[:, : model.vocab_size].float()
         return linear_cross_entropy(
             at_targets, weight, batch.labels, batch.weights,
-            vocab_size=self.architecture.vocab_size, group=group, reduce_hidden=not sequence_parallel,
+            vocab_size=model.vocab_size, group=group, reduce_hidden=not sequence_parallel,
         )  # fmt: skip
 
 
@@ -113,6 +114,8 @@ def transformer_config(architecture: Architecture, layout: Layout, build: Build)
         layernorm_epsilon=architecture.norm_epsilon,
         add_bias_linear=architecture.linear_bias,
         add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
         activation_func=_tanh_gelu if architecture.activation == "gelu_tanh" and not cuda else _ACTIVATIONS[architecture.activation],
         gated_linear_unit=architecture.gated,
         attention_dropout=build.attention_dropout,
@@ -164,7 +167,8 @@ def build_chunks(architecture: Architecture, layout: Layout, build: Build) -> li
     stages: list[int | None] = [None] if layout.vpp is None else list(range(layout.vpp))
     chunks = []
     for stage in stages:
-        spec = block_spec(config, layers=build.layers, attention=build.attention, vp_stage=stage)
+        parallel_residual = architecture.parallel_residual
+        spec = block_spec(config, layers=build.layers, attention=build.attention, vp_stage=stage, parallel_residual=parallel_residual)
         chunk = GPT(
             architecture,
             config=config,

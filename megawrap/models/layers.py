@@ -66,7 +66,19 @@ class TorchProvider(LocalSpecProvider):
         return self.attention
 
 
-def block_spec(config: TransformerConfig, *, layers: str, attention: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+class ParallelResidualLayer(TransformerLayer):
+    """A layer whose attention and MLP both read its input, as in GPT-NeoX; megatron-core has none."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add attention and then the MLP to the input; arguments are those of `TransformerLayer`."""
+        after_attention, context = self._forward_attention(hidden_states, *args, **kwargs)
+        mlp_output = self.mlp(self._forward_pre_mlp_layernorm(hidden_states))
+        return self._forward_post_mlp(mlp_output, after_attention), context
+
+
+def block_spec(
+    config: TransformerConfig, *, layers: str, attention: str, vp_stage: int | None, parallel_residual: bool = False
+) -> TransformerBlockSubmodules:
     """Specification of the layers of this rank's pipeline stage and of the final norm.
 
     Args:
@@ -74,8 +86,11 @@ def block_spec(config: TransformerConfig, *, layers: str, attention: str, vp_sta
         layers: "torch" or "te".
         attention: "sdpa" or "varlen"; TransformerEngine brings its own.
         vp_stage: virtual stage to build, or none.
+        parallel_residual: layers are `ParallelResidualLayer`s.
     """
     layer, final_norm = _te_layer(config) if layers == "te" else _torch_layer(config, attention)
+    if parallel_residual:
+        layer.module = ParallelResidualLayer
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=final_norm)
 
@@ -92,8 +107,8 @@ def _torch_layer(config: TransformerConfig, attention: str) -> tuple[ModuleSpec,
                 linear_qkv=provider.column_parallel_linear(),
                 core_attention=provider.core_attention(),
                 linear_proj=provider.row_parallel_linear(),
-                q_layernorm=IdentityOp,
-                k_layernorm=IdentityOp,
+                q_layernorm=norm if config.qk_layernorm else IdentityOp,
+                k_layernorm=norm if config.qk_layernorm else IdentityOp,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
@@ -123,6 +138,6 @@ def _te_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
                 query, key = rotate(query, packed_seq_params.rotary), rotate(key, packed_seq_params.rotary)
             return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
-    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec.submodules.self_attention.submodules.core_attention = RotaryTEAttention
     return spec, TENorm

@@ -59,8 +59,10 @@ def parameters_per_rank(architecture: Architecture, layout: Layout, *, pp_rank: 
     (_, qkv), (query, _), (_, fc1), (ffn, _) = layer_matrices(architecture)
     column = (qkv + fc1) * hidden + (qkv if architecture.qkv_bias else 0) + (fc1 if architecture.linear_bias else 0)
     row = (query + ffn) * hidden
-    norm = hidden * (2 if architecture.norm == "layernorm" else 1)
+    weights_of_norm = 2 if architecture.norm == "layernorm" else 1
+    norm = hidden * weights_of_norm
     layer = (column + row) // tp + 2 * norm + (2 * hidden if architecture.linear_bias else 0)
+    layer += 2 * architecture.head_dim * weights_of_norm if architecture.qk_norm else 0
     total = architecture.num_layers // layout.pp * layer
     vocabulary = architecture.padded_vocab_size(vocab_divisor, tp) // tp * hidden
     if pp_rank == 0:
@@ -128,6 +130,7 @@ def _kept_values(architecture: Architecture, layout: Layout, train: TrainConfig,
     (_, qkv), (query, _), (_, fc1), (ffn, _) = layer_matrices(architecture)
     replicated = 4 * architecture.hidden_size // (layout.tp if layout.sequence_parallel else 1)
     attention = 0 if train.recompute == "selective" else query // layout.tp
+    attention += (qkv + query) // (2 * layout.tp) if architecture.qk_norm else 0  # query and key before their norms
     whole = replicated + (qkv + fc1 + ffn) // layout.tp + attention
     layers = architecture.num_layers // layout.pp
     micro_batches = max(1, train.global_batch_size // (train.micro_batch_size * layout.dp))

@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 
 from megawrap import families
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mqa": ("gpt_bigcode", {}),
     "mha": ("gpt_bigcode", {"multi_query": False}),
@@ -23,6 +27,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
     "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "head_dim": 14, "tie_word_embeddings": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "activation_function": "gelu"}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
 }
 
 
