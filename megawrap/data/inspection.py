@@ -6,6 +6,7 @@ the same plan, packing and rows as training. Nothing is written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +23,9 @@ from megawrap.data.splits import Group, Source, Splits
 from megawrap.data.statistics import collect
 from megawrap.data.statistics_table import Account, Packed, Part
 from megawrap.data.tokenizer import Tokenizer
+from megawrap.data.tokenizer_files import find
 from megawrap.data.view import Decode, View, of_row, of_sample
 from megawrap.errors import EXIT_CORRUPT, DataError, MegawrapError
-from megawrap.io import sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +139,16 @@ class Inspection:
         return decode
 
     def _tokenizer_nearby(self, facts: dict[str, Any]) -> Path | None:
-        """The tokenizer.json where the manifest says it was, or in a usual place beside the data, if it is the very same."""
+        """The tokenizer where the manifest says it was, or in a usual place beside the data, if it is the very same by its sha256."""
         folders = [Path(facts["path"])] if isinstance(facts.get("path"), str) else []
         if self.prefix is not None:
             folders += [folder / name for folder in (self.prefix.parent, self.prefix.parent.parent) for name in ("", "tokenizer")]
         for folder in folders:
-            path = folder if folder.is_file() else folder / "tokenizer.json"
-            if path.is_file() and sha256_file(path) == facts.get("sha256"):
-                self.notes.append(f"text by {path}, which made the data by its sha256")
-                return path
+            with contextlib.suppress(DataError):  # nothing there is the usual case
+                files = find(folder)
+                if files.sha256() == facts.get("sha256"):
+                    self.notes.append(f"text by {files.path}, which made the data by its sha256")
+                    return files.path
         return None
 
     def sample(self, number: int) -> View:
