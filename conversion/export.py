@@ -19,6 +19,7 @@ from conversion.huggingface import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, TOK
 from conversion.safetensors_file import SafetensorsFile
 from conversion.source import Source
 from megawrap.data.tokenizer import Tokenizer
+from megawrap.data.tokenizer_files import VOCABULARY_FILES
 from megawrap.errors import ConversionError
 from megawrap.families.base import TRANSFORMERS_VERSION
 from megawrap.io import explain_write_errors
@@ -143,9 +144,17 @@ class HFWriter:
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Copy the tokenizer's files, making tokenizer_config.json when there is none beside it."""
-    for name in TOKENIZER_FILES:
+    for name in TOKENIZER_FILES if tokenizer.path.is_file() else ():
         if (tokenizer.path.parent / name).is_file() and name != tokenizer.path.name:
             shutil.copyfile(tokenizer.path.parent / name, directory / name)
+    if tokenizer.path.suffix == ".model":
+        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+        return  # which class of transformers reads it is not known
+    if tokenizer.path.is_dir():
+        for name in VOCABULARY_FILES:
+            if (tokenizer.path / name).is_file():
+                shutil.copyfile(tokenizer.path / name, directory / name)
+        return
     shutil.copyfile(tokenizer.path, directory / "tokenizer.json")
     if not (directory / "tokenizer_config.json").exists():
         end = tokenizer.eos_token

@@ -19,6 +19,7 @@ from megawrap import families
 from megawrap.checkpoint.arguments import CHECKPOINT_VERSION, megatron_arguments
 from megawrap.checkpoint.store import Checkpoint, Store
 from megawrap.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megawrap.data.tokenizer_files import VOCABULARY_FILES, holds_tokenizer
 from megawrap.errors import CheckpointError, ConversionError
 from megawrap.families.base import Rule
 from megawrap.io import explain_write_errors
@@ -123,7 +124,7 @@ def _record(checkpoint: Checkpoint, said: dict[str, Any], padded: int | None) ->
         hf_config=kept.get("config"),
         generation_config=kept.get("generation_config"),
         tokenizer=tokenizer if isinstance(tokenizer, dict) else {},
-        tokenizer_dir=folder if (folder / "tokenizer.json").is_file() else None,
+        tokenizer_dir=folder if holds_tokenizer(folder) else None,
         iteration=checkpoint.iteration if isinstance(checkpoint.iteration, int) else 0,
         padded_vocab_size=padded,
     )
@@ -219,8 +220,10 @@ def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
     """Copy the tokenizer's files into a checkpoint, so that an export needs nothing else."""
     with explain_write_errors(directory, error=ConversionError):
         (directory / TOKENIZER_DIR).mkdir()
-        for name in TOKENIZER_FILES if tokenizer.is_dir() else ():
+        models = [path.name for path in tokenizer.glob("*.model")]
+        for name in {*TOKENIZER_FILES, *VOCABULARY_FILES, *models} if tokenizer.is_dir() else ():
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, directory / TOKENIZER_DIR / name)
         if not tokenizer.is_dir():
-            shutil.copyfile(tokenizer, directory / TOKENIZER_DIR / "tokenizer.json")
+            name = "tokenizer.model" if tokenizer.suffix == ".model" else "tokenizer.json"
+            shutil.copyfile(tokenizer, directory / TOKENIZER_DIR / name)

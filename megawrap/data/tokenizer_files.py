@@ -105,3 +105,11 @@ def find(path: Path) -> TokenizerFiles:
         f"{path}: no tokenizer.json in this directory; it holds {', '.join(names[:10]) or 'nothing'}",
         hint="Write one with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or give the file itself",
     )
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a directory has the files of a tokenizer."""
+    try:
+        return directory.is_dir() and find(directory) is not None
+    except DataError:
+        return False
