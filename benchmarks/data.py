@@ -121,7 +121,8 @@ class Bench:
 
     def measure(self) -> None:
         """Run everything, in turns."""
-        contenders = self._contenders()
+        wanted = self.options.programs or [""]
+        contenders = [one for one in self._contenders() if any(text in one.label for text in wanted)]
         for number in range(self.options.rounds):
             for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 if contender.label not in self.failed and number < (contender.rounds or self.options.rounds):
@@ -353,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--target-mb", type=float, default=160, help="size of the corpus (default 160, which the bars are for)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each program runs (default 5)")
     parser.add_argument("--only", nargs="+", choices=("preprocess", "packing", "writing", "loading", "growth"), help="some parts")
+    parser.add_argument("--programs", nargs="+", metavar="TEXT", help="only those with one of these texts in their name")
     parser.add_argument("--growth", action="store_true", help="also preprocess ten times the corpus, for its peak memory")
     parser.add_argument("--megatron-lm", type=Path, metavar="DIR", help="a checkout of NVIDIA/Megatron-LM")
     parser.add_argument("--bigcode", type=Path, metavar="DIR", help="a checkout of bigcode-project/Megatron-LM")
