@@ -33,7 +33,7 @@ class Counts:
         positions: row positions of the pieces.
         supervised: positions whose label is trained on.
         overlong: documents longer than a row.
-        shortened: samples that lost tokens to a truncation, or to a piece without a supervised token.
+        shortened: samples that lost tokens to a truncation.
         cut_tokens: tokens they lost.
         cut_supervised: supervised labels of the range that are in no piece, because cut or dropped.
         dropped_documents: by reason.
@@ -154,7 +154,7 @@ def select(
       where a row happens to be full. In a chat the first output counts, so later turns are cut before earlier ones.
     * truncate-outputs: the window begins at the document's start.
     * split: windows of seq_length + 1 tokens, each beginning with the last token of the one before, so that every pair
-      of a token and its next is in exactly one window. Windows without a supervised token are left out and counted.
+      of a token and its next is in exactly one window. No token is lost, also where a window has nothing to predict.
     * drop: left out and counted. error: refused, naming the first.
 
     Raises:
@@ -187,7 +187,7 @@ _Cut = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # document, start,
 
 
 def _cut(supervision: Supervision, long: np.ndarray, lengths: np.ndarray, seq_length: int, overlong: OverlongPolicy) -> _Cut:
-    """Windows of the over-long documents that hold a supervised label."""
+    """Windows of the over-long documents; a truncated one that holds no supervised label is left out."""
     if overlong == "drop":
         long, lengths = long[:0], lengths[:0]
     if overlong == "split":
@@ -202,7 +202,7 @@ def _cut(supervision: Supervision, long: np.ndarray, lengths: np.ndarray, seq_le
             start = np.minimum(lengths - seq_length - 1, np.maximum(supervision.first_output(long) - 1, 0))
     begin = supervision.token_bounds[document] + start
     labels = supervision.before(begin + length) - supervision.before(begin + 1)
-    kept = labels > 0
+    kept = labels > 0 if overlong != "split" else slice(None)
     return document[kept], start[kept], length[kept], labels[kept]
 
 

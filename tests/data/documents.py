@@ -85,6 +85,7 @@ def windows(document: Document, seq_length: int, overlong: str, loss_on: str) ->
             pairs = min(seq_length, n - 1 - pair)
             found.append((pair, pairs + 1))
             pair += pairs
+        return found
     return [(start, length) for start, length in found if trained(start, length)]
 
 

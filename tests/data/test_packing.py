@@ -193,9 +193,7 @@ def check_counts(
     possible = sum(loss_on == "all" or modes[i] for tokens, modes in flats.values() for i in range(1, len(tokens)))
     assert counts.cut_supervised == possible - counts.supervised
     if overlong == "split":
-        assert counts.cut_supervised == 0
-        if loss_on == "all":
-            assert counts.cut_tokens == 0
+        assert counts.cut_supervised == counts.cut_tokens == counts.shortened == 0
     else:
         assert counts.kept_tokens == len(kept)
     assert set(counts.dropped_documents) <= {TOO_SHORT, UNSUPERVISED, OVERLONG}
