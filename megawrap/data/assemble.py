@@ -74,6 +74,7 @@ class Task:
             bad_lines=BadLines(options.on_bad_line, max_bad),
             strict=options.strict,
             special=self.tokenizer.special_texts,
+            special_words=self.tokenizer.special_tokens,
             refuse_special=options.special_tokens_in_text == "error",
             max_line_bytes=int(options.max_line_mib * 2**20),
             limit=options.limit,

@@ -8,7 +8,7 @@ end single lines, looked at. Memory is bounded by the block and the longest line
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from typing import Any
 
@@ -34,12 +34,27 @@ from megawrap.errors import DataError
 
 BLOCK_BYTES = 4 << 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_BORDER = b"\xff"  # between texts: no byte of UTF-8, so that nothing is found across a border
 _PARTS = 16  # a block that is not proven is looked at in so many parts
 _FEW = 8  # lines that are looked at one by one
 
 Special = Callable[[Sequence[str]], list[tuple[int, str]]]
 Problem = tuple[int, int, LineError]
 """Line, byte offset from where reading started, what is wrong."""
+
+
+class BytesFinder:
+    """Where any of a set of words starts in a block of UTF-8: one expression per first byte, which `re` skips ahead to."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        groups: dict[bytes, list[bytes]] = {}
+        for word in filter(None, words):
+            groups.setdefault(word.encode()[:1], []).append(re.escape(word.encode()))
+        self._patterns = [re.compile(b"|".join(group)) for group in groups.values()]
+
+    def positions(self, data: bytes) -> np.ndarray:
+        """int64, in no order; of words that overlap with one another, at least one."""
+        return np.array([match.start() for pattern in self._patterns for match in pattern.finditer(data)], dtype=np.int64)
 
 
 class SampleReader:
@@ -51,6 +66,7 @@ class SampleReader:
         bad_lines: policy for lines that are not samples.
         strict: a sample without text to train on is a bad line; default: it is dropped and counted.
         special: finds texts that spell out a special token (index, token); None: nobody asks.
+        special_words: the special tokens, to rule out whole blocks at once; None: every text is asked for.
         refuse_special: such a sample is a bad line.
         max_line_bytes: a longer line is a bad line.
         limit: read only this many lines.
@@ -70,6 +86,7 @@ class SampleReader:
         bad_lines: BadLines | None = None,
         strict: bool = False,
         special: Special | None = None,
+        special_words: Iterable[str] | None = None,
         refuse_special: bool = False,
         max_line_bytes: int = MAX_LINE_BYTES,
         limit: int | None = None,
@@ -80,6 +97,7 @@ class SampleReader:
         self.sources: list[Any] = []
         self.bad_lines = bad_lines or BadLines()
         self._strict, self._special, self._refuse_special, self._seen = strict, special, refuse_special, seen
+        self._special_finder = None if special_words is None else BytesFinder(special_words)
         self._max_line_bytes, self._limit, self._block_bytes = max_line_bytes, limit, block_bytes or BLOCK_BYTES
 
     @property
@@ -193,12 +211,13 @@ class SampleReader:
         if texts is None or not isinstance(extractor, FieldTexts):
             return None
         encoded = list(map(str.encode, texts))
-        blob = b"".join(encoded)
+        blob = _BORDER.join(encoded)
         if block is not None and not proven(block, extractor.other_quotes(values) + count_byte(blob, 34)):
             return None
         if block is None and len(blob) > self._max_line_bytes:
             return None
-        special = self._special(texts) if self._special is not None else []
+        positions = control_positions(blob)
+        special = self._spelled_out(texts, encoded, blob)
         if special and self._refuse_special:
             return None
         width, samples = len(extractor.fields), len(values)
@@ -208,16 +227,24 @@ class SampleReader:
         batch = Batch(None, texts, np.full(samples, width), np.tile(np.array(extractor.trained), samples), numbers)
         if special:
             batch.special = np.zeros(samples, dtype=bool)
-            batch.special[[index // width for index, _ in special]] = True
-        positions = control_positions(blob)
+            batch.special[np.array(special) // width] = True
         if len(positions):
-            ends = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
             batch.controls = np.zeros(samples, dtype=bool)
-            batch.controls[np.searchsorted(ends, positions, side="right") // width] = True
+            batch.controls[_texts_at(positions, encoded) // width] = True
         if keep is not None:
             self.counts.empty += int((~keep).sum())
             batch.select(keep)
         return batch
+
+    def _spelled_out(self, texts: list[str], encoded: list[bytes], blob: bytes) -> list[int]:
+        """Which texts spell out a special token."""
+        if self._special is None:
+            return []
+        if self._special_finder is None:
+            return [index for index, _ in self._special(texts)]
+        positions = self._special_finder.positions(blob)
+        asked = np.unique(_texts_at(positions, encoded)).tolist() if len(positions) else []
+        return [asked[index] for index, _ in self._special([texts[place] for place in asked])]
 
     def _careful(self, block: LineBlock, first: int, problems: list[Problem]) -> Batch:
         last = len(block.lines) - 1
@@ -290,6 +317,12 @@ class SampleReader:
         self.counts.samples += len(batch.lines)
         self.counts.control_characters += 0 if batch.controls is None else int(batch.controls.sum())
         self.counts.special_texts += 0 if batch.special is None else int(batch.special.sum())
+
+
+def _texts_at(positions: np.ndarray, encoded: list[bytes]) -> np.ndarray:
+    """Number of the text at each position of the joined texts, which have a byte between them."""
+    ends = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) + 1)
+    return np.searchsorted(ends, positions, side="right")
 
 
 def _slice(block: LineBlock, start: int, stop: int) -> LineBlock:

@@ -6,9 +6,12 @@ import gzip
 import io
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megawrap.data import jsonl
 from megawrap.data.counts import BadLines
@@ -164,3 +167,40 @@ def test_huge_line_is_refused_without_being_loaded(tmp_path: Path) -> None:
 
 def test_default_limit_refuses_a_100_mb_line() -> None:
     assert jsonl.MAX_LINE_BYTES == 64 << 20
+
+
+# ---- whole blocks against single lines ------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(["<|a|>", "<|a", "|>", "<x>", "<", "a", "é", "😀", "\x01", "\x7f", "\n", '"', "\\", "\u0022", "x>"])
+TEXTS = st.lists(PIECES, max_size=4).map("".join)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    samples=st.lists(st.tuples(TEXTS, TEXTS, st.booleans(), st.sampled_from(["", "[]", "  ", "bare"])), min_size=1, max_size=30),
+    block=st.integers(20, 3000),
+)
+def test_a_block_read_whole_gives_what_its_lines_give(
+    tmp_path_factory: pytest.TempPathFactory, samples: list[tuple[str, str, bool, str]], block: int
+) -> None:
+    """Texts, lines, counts of control characters and of special tokens, with words cut across the borders of texts."""
+    words = ["<|a|>", "<x>"]
+    lines, wanted = [], []
+    for inputs, outputs, ascii_, before in samples:
+        lines += [before] * (before != "")
+        lines.append(json.dumps({"inputs": inputs, "outputs": outputs, "more": [inputs]}, ensure_ascii=ascii_))
+        if outputs:
+            wanted.append(((inputs, outputs), len(lines)))
+    path = tmp_path_factory.mktemp("blocks") / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def special(texts: Sequence[str]) -> list[tuple[int, str]]:
+        return [(place, word) for place, text in enumerate(texts) for word in words if word in text]
+
+    for known in (words, None):
+        found, reader = read(path, special=special, special_words=known, block_bytes=block, bad_lines=BadLines("skip"))
+        assert [(sample.texts, sample.line) for sample in found] == wanted
+        assert reader.counts.special_texts == sum(any(word in text for word in words for text in texts) for texts, _ in wanted)
+        assert reader.counts.control_characters == sum(any("\x01" in text for text in texts) for texts, _ in wanted)
+        assert reader.counts.lines == len(lines) == added_up(reader)
+        assert sum(reader.counts.bad.values()) == sum(line in ("[]", "bare") for line in lines)
