@@ -23,7 +23,7 @@ class ModelConfig:
     init_from: str | None = None
     """Hugging Face directory, or Megatron checkpoint (root or iter_* directory) to start from; none trains from scratch."""
     family: str | None = None
-    """Model family when training from scratch: gpt_bigcode or llama."""
+    """Model family when training from scratch: gpt2, gpt_bigcode, gpt_neox, llama, mistral, qwen2, qwen3 or starcoder2."""
     num_layers: int | None = None
     """Transformer layers (from scratch)."""
     hidden_size: int | None = None

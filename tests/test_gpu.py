@@ -40,7 +40,8 @@ def test_losses_fall_as_on_cpu(family: str, precision: str, tolerance: float) ->
         assert mine[0] == pytest.approx(theirs[0], abs=tolerance)
 
 
-def test_the_variable_length_kernel_equals_attention_per_segment() -> None:
+@pytest.mark.parametrize("window", [None, (99, 0)])
+def test_the_variable_length_kernel_equals_attention_per_segment(window: tuple[int, int] | None) -> None:
     from types import SimpleNamespace
 
     from megawrap.models.attention import PackedAttention, VarlenAttention
@@ -48,7 +49,7 @@ def test_the_variable_length_kernel_equals_attention_per_segment() -> None:
 
     lengths = np.array([5, 1, 300, 9])
     segments = Segments.of(lengths, torch.device("cuda"))
-    config = SimpleNamespace(attention_dropout=0.0, kv_channels=64, cuda_graph_impl="none")
+    config = SimpleNamespace(attention_dropout=0.0, kv_channels=64, cuda_graph_impl="none", window_size=window)
     inputs = [torch.randn(int(lengths.sum()), heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
     results = []
     for kind in (PackedAttention, VarlenAttention):

@@ -12,9 +12,12 @@ from megawrap.errors import ConfigError, ConversionError
 from megawrap.families.base import Family
 from megawrap.families.gpt2 import GPT2
 from megawrap.families.gpt_bigcode import GPTBigCode
+from megawrap.families.gpt_neox import GPTNeoX
 from megawrap.families.llama import Llama
 from megawrap.families.mistral import Mistral
 from megawrap.families.qwen2 import Qwen2
+from megawrap.families.qwen3 import Qwen3
+from megawrap.families.starcoder2 import StarCoder2
 
 _REGISTERED: dict[str, Family] = {}
 
@@ -58,5 +61,5 @@ def from_hf_config(config: Mapping[str, Any]) -> Family:
     raise ConversionError(f"model_type is {model_type!r} (architectures {classes!r}), which no family maps", hint=f"known are {listed}")
 
 
-for _family in (GPT2(), GPTBigCode(), Llama(), Mistral(), Qwen2()):
+for _family in (GPT2(), GPTBigCode(), GPTNeoX(), Llama(), Mistral(), Qwen2(), Qwen3(), StarCoder2()):
     register(_family)

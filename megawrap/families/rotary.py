@@ -24,20 +24,22 @@ _PARAMETERS = {"default": {}, "linear": {"factor": "factor"}, "llama3": _LLAMA3}
 """rope_type -> its parameters in config.json, with the field of RopeScaling they become."""
 
 
-def from_hf(config: Mapping[str, Any], *, theta: str = "rope_theta", fraction: str | None = None, share: float = 1.0) -> dict[str, Any]:
+def from_hf(
+    config: Mapping[str, Any], *, older_theta: str = "rope_theta", older_share: str | None = None, share: float = 1.0
+) -> dict[str, Any]:
     """The rotary fields of an architecture.
 
     Args:
         config: config.json.
-        theta: an older name of the base, beside rope_parameters.
-        fraction: an older name of the share of a head that rotates; none means that the whole head does.
+        older_theta: name of the base beside rope_parameters.
+        older_share: name of the share of a head that rotates, beside rope_parameters; none means that the whole head does.
         share: the share when it is not given.
 
     Raises:
         ConversionError: a kind of scaling that is not mapped, values that are no numbers, or two that contradict each other.
     """
-    bases = [config[theta]] if config.get(theta) is not None else []
-    shares = [config[fraction]] if fraction is not None and config.get(fraction) is not None else []
+    bases = [config[name] for name in {older_theta, "rope_theta"} if config.get(name) is not None]
+    shares = [config[older_share]] if older_share is not None and config.get(older_share) is not None else []
     scalings: list[RopeScaling | None] = []
     for key in ("rope_parameters", "rope_scaling"):
         values = config.get(key)
@@ -56,7 +58,7 @@ def from_hf(config: Mapping[str, Any], *, theta: str = "rope_theta", fraction: s
         "position": "rope",
         "rope_theta": _one("the rotary base", bases, 10000.0),
         "rope_scaling": scalings[0] if scalings else None,
-        "rotary_fraction": _share(shares, fraction, share),
+        "rotary_fraction": _share(shares, older_share, share),
     }
 
 

@@ -155,22 +155,22 @@ def _windowed_attention(
     are computed again for their gradient, as in `_dropped_attention`.
     """
     repeat = query.size(1) // key.size(1)
-    q, k, v = query.transpose(0, 1), key.transpose(0, 1).repeat_interleave(repeat, 0), value.transpose(0, 1).repeat_interleave(repeat, 0)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)))
     size = min(window, 4 * QUERY_BLOCK)
     positions = torch.arange(query.size(0), device=query.device)
 
     def block(begin: int, q_block: torch.Tensor, k_seen: torch.Tensor, v_seen: torch.Tensor) -> torch.Tensor:
-        end = begin + q_block.size(1)
-        distance = positions[begin:end, None] - positions[None, end - k_seen.size(1) : end]
+        end = begin + q_block.size(2)
+        distance = positions[begin:end, None] - positions[None, end - k_seen.size(2) : end]
         seen = (distance >= 0) & (distance < window)
         return scaled_dot_product_attention(q_block, k_seen, v_seen, attn_mask=seen, scale=scale, dropout_p=dropout)
 
     parts = []
     for begin in range(0, query.size(0), size):
         end, first = min(begin + size, query.size(0)), max(0, begin - window + 1)
-        inputs = (begin, q[:, begin:end], k[:, first:end], v[:, first:end])
+        inputs = (begin, q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
         parts.append(checkpoint(block, *inputs, use_reentrant=False) if dropout else block(*inputs))
-    return torch.cat(parts, dim=1).transpose(0, 1)
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
 
 
 def _dropped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:

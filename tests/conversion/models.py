@@ -34,6 +34,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2-plain": ("starcoder2", {"tie_word_embeddings": False, "use_bias": False, "sliding_window": None}),
+    "gpt-neox": ("gpt_neox", {}),
+    "gpt-neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
 }
 
 

@@ -24,7 +24,7 @@ LAYOUTS = [
     *[("mqa", tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))],
     *[("gqa", tp, pp) for tp, pp in ((1, 1), (2, 1), (4, 1), (2, 2))],
     *[(variant, 1, 1) for variant in VARIANTS if variant not in ("mqa", "gqa")],
-    ("gpt2", 2, 2), ("mistral", 2, 2), ("qwen2", 2, 2),
+    ("gpt2", 2, 2), ("mistral", 2, 2), ("qwen2", 2, 2), ("qwen3", 2, 2), ("starcoder2", 2, 2), ("gpt-neox", 2, 2), ("starcoder2", 4, 1),
     ("mha", 2, 2), ("gqa-tied", 2, 2), ("mqa-untied", 1, 2), ("llama-biases", 2, 1), ("llama-mqa-tied", 4, 1),
 ]  # fmt: skip
 

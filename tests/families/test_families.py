@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from megawrap import config as recipe
 from megawrap import families
+from megawrap.checkpoint.arguments import differences
 from megawrap.errors import ConfigError, ConversionError, MegawrapError
 from megawrap.families.base import QKV, GatedMLP, Rule
-from megawrap.models.architecture import Architecture
+from megawrap.models.architecture import DEFAULTS, Architecture
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -37,6 +41,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 0}),
+    ("qwen3", {}),
+    ("qwen3", {"tie_word_embeddings": True, "head_dim": 6}),
+    ("starcoder2", {}),
+    ("starcoder2", {"tie_word_embeddings": False, "use_bias": False, "hidden_act": "gelu"}),
+    ("gpt_neox", {}),
+    ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
 ]
 MULTI_HEAD = ("gpt2", "gpt_neox")
 IDS = [f"{name}-{'-'.join(f'{key}={value}' for key, value in changes.items()) or 'tiny'}" for name, changes in VARIANTS]
@@ -124,6 +134,15 @@ def test_qkv_rows_against_a_loop_over_heads() -> None:
     assert torch.equal(rule.from_hf([query, key, value]), torch.stack(expected))
 
 
+def test_gpt2_rows_against_a_loop_over_heads() -> None:
+    family, _, architecture = make("gpt2", {})
+    rule = next(rule for rule in family.rules(architecture) if rule.hf[0].endswith("c_attn.weight"))
+    heads, width, hidden = architecture.num_attention_heads, architecture.head_dim, architecture.hidden_size
+    fused = torch.randn(hidden, 3 * hidden)  # as Conv1D multiplies: inputs x outputs
+    columns = [part * hidden + head * width + row for head in range(heads) for part in range(3) for row in range(width)]
+    assert torch.equal(rule.from_hf([fused]), torch.stack([fused[:, column] for column in columns]))
+
+
 def test_gated_mlp_holds_gate_then_up() -> None:
     family, _, architecture = make("llama", {})
     rule = next(rule for rule in family.rules(architecture) if isinstance(rule, GatedMLP))
@@ -165,6 +184,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 2}, "['full_attention', 'sliding_attention']"),
     ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types is ['sliding_attention'] with use_sliding_window False"),
     ("qwen2", {"mlp_bias": True}, "mlp_bias is True"),
+    ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+    ("starcoder2", {"norm_type": "rms_norm"}, "norm_type is 'rms_norm'"),
+    ("starcoder2", {"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias is False"),
+    ("gpt_neox", {"rotary_pct": 0.25}, "[0.25, 0.34]"),
+    ("gpt_neox", {"rotary_emb_base": 10000}, "[10000, 5000.0]"),
+    ("gpt_neox", {"num_attention_heads": 16}, "of which 1 elements rotate"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("gpt2", {"n_ctx": 32}, "n_ctx is 32"),
@@ -183,6 +209,35 @@ def test_what_is_not_mapped_is_refused_by_key_and_value(name: str, changes: dict
         make(name, changes)
     assert facts in str(refusal.value)
     assert refusal.value.exit_code == 2
+
+
+def test_a_window_over_all_positions_is_none() -> None:
+    for name in ("mistral", "starcoder2"):
+        assert make(name, {"sliding_window": 64})[2] == make(name, {"sliding_window": None})[2]
+    assert make("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2})[2] == make("qwen2", {})[2]
+    assert make("qwen2", {"sliding_window": 19})[2] == make("qwen2", {})[2]  # switched off
+
+
+def test_older_spellings_of_gpt_neox() -> None:
+    older = {"rope_parameters": None, "rotary_pct": 0.34, "rotary_emb_base": 5000}
+    assert make("gpt_neox", older)[2] == make("gpt_neox", {})[2]
+
+
+def test_descriptions_of_earlier_versions_mean_the_defaults() -> None:
+    _, _, architecture = make("llama", {})
+    earlier = {key: value for key, value in architecture.to_dict().items() if key not in DEFAULTS or key == "rope_theta"}
+    assert len(earlier) == 18 and Architecture.from_dict(earlier) == architecture
+    assert differences({"megawrap": {"architecture": earlier, "padded_vocab_size": 256}}, architecture, 256) == []
+    _, _, stretched = make("llama", {"rope_parameters": LLAMA3})
+    (row,) = differences({"megawrap": {"architecture": earlier, "padded_vocab_size": 256}}, stretched, 256)
+    assert row[:2] == ("rope_scaling", None)
+
+
+def test_help_and_readme_name_every_family() -> None:
+    names = families.known()
+    assert f"{', '.join(names[:-1])} or {names[-1]}." in inspect.getsource(recipe.ModelConfig)
+    readme = (Path(recipe.__file__).parents[1] / "README.md").read_text()
+    assert all(f"| `{name}` |" in readme for name in names)
 
 
 def test_unknown_architecture_lists_the_known() -> None:

@@ -22,8 +22,9 @@ LENGTHS = np.array([5, 1, 300, 9])
 TOTAL = int(LENGTHS.sum())
 
 
-def _layer(dropout: float = 0.0) -> attention.PackedAttention:
-    config = SimpleNamespace(attention_dropout=dropout, kv_channels=8, cuda_graph_impl="none")
+def _layer(dropout: float = 0.0, window: int | None = None) -> attention.PackedAttention:
+    size = None if window is None else (window - 1, 0)
+    config = SimpleNamespace(attention_dropout=dropout, kv_channels=8, cuda_graph_impl="none", window_size=size)
     return attention.PackedAttention(config, 1, None, "self")
 
 
@@ -32,9 +33,10 @@ def _inputs(groups: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(TOTAL, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, groups, groups))
 
 
-def _brute_force(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _brute_force(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int = TOTAL) -> torch.Tensor:
     owner = torch.from_numpy(np.repeat(np.arange(len(LENGTHS)), LENGTHS))
-    allowed = (owner[:, None] == owner[None]) & (torch.arange(TOTAL)[:, None] >= torch.arange(TOTAL)[None])
+    distance = torch.arange(TOTAL)[:, None] - torch.arange(TOTAL)[None]
+    allowed = (owner[:, None] == owner[None]) & (distance >= 0) & (distance < window)
     repeat = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(8)
@@ -47,6 +49,20 @@ def test_no_token_sees_another_sample_or_its_future(groups: int) -> None:
     query, key, value = _inputs(groups)
     got = _layer()(query, key, value, None, packed_seq_params=Segments.of(LENGTHS, torch.device("cpu")))
     torch.testing.assert_close(got, _brute_force(query, key, value), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 4, 128, 299, 300])
+def test_a_window_hides_what_lies_further_back(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)  # blocks of 32 queries, shorter than the longer windows
+    tensors = [tensor.requires_grad_() for tensor in _inputs(2)]
+    results = []
+    for out in (
+        _layer(window=window)(*tensors, None, packed_seq_params=Segments.of(LENGTHS, torch.device("cpu"))),
+        _brute_force(*tensors, window=window),
+    ):
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=0)
 
 
 def test_other_borders_give_other_numbers() -> None:
@@ -75,12 +91,13 @@ def test_dropout_keeps_the_expected_value_and_never_builds_a_square_matrix() -> 
     assert max(kept) < 4 * 300 * 300, "the scores of a segment were kept for the backward pass"
 
 
-def test_dropout_replays_the_same_draw_in_the_backward_pass() -> None:
+@pytest.mark.parametrize("window", [None, 40])
+def test_dropout_replays_the_same_draw_in_the_backward_pass(window: int | None) -> None:
     """The loss is linear in the values, so the gradient times the values is the loss, if both passes drop the same."""
     query, key, value = (tensor.float() for tensor in _inputs(2))
     value.requires_grad_()
     _seeded_tracker()
-    total = _layer(dropout=0.5)(query, key, value, None, packed_seq_params=Segments.of(LENGTHS, torch.device("cpu"))).sum()
+    total = _layer(0.5, window)(query, key, value, None, packed_seq_params=Segments.of(LENGTHS, torch.device("cpu"))).sum()
     total.backward()
     assert value.grad is not None
     torch.testing.assert_close((value.grad * value).sum(), total, atol=1e-3, rtol=1e-4)

@@ -45,7 +45,7 @@ def test_output_and_gradients(kernel: str, groups: int, dtype: torch.dtype, tole
     monkeypatch.setattr(attention, "BLOCKED_UP_TO", KERNELS[kernel][1])
     tensors = _tensors(groups, dtype)
     direction = torch.randn(tensors[0].size(0), 64, generator=torch.Generator().manual_seed(4))
-    module = PackedAttention(SimpleNamespace(attention_dropout=0.0, kv_channels=16), 1, None, "self")
+    module = PackedAttention(SimpleNamespace(attention_dropout=0.0, kv_channels=16, window_size=None), 1, None, "self")
     out = module(*tensors, None, packed_seq_params=Segments.of(LENGTHS, torch.device("cpu")))
     gradients = torch.autograd.grad((out.float() * direction).sum(), tensors)
     exact = _exact(*tensors)

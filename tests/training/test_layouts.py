@@ -47,6 +47,7 @@ def _arguments(layout: tuple[Any, ...]) -> tuple[int, tuple[Any, ...], dict[str,
 
 FEWER = [layout for layout in LAYOUTS if layout[:4] in {(2, 1, None, 1), (4, 1, None, 1), (1, 3, None, 1), (2, 1, None, 2), (1, 2, 2, 2)}]
 CASES = [("gpt_bigcode", layout) for layout in LAYOUTS] + [("llama", layout) for layout in FEWER]
+CASES += [("qwen3", (2, 1, None, 1, True, False)), ("qwen3", (2, 1, None, 1, False, False)), ("gpt_neox", (2, 1, None, 1, True, False))]
 
 
 @cache

@@ -68,7 +68,7 @@ def build(
     layout = Layout(tp=tp, pp=pp, vpp=vpp, dp=dp, sequence_parallel=sequence_parallel)
     parallel.start(layout)
     known = families.get(family)
-    depth = {"gpt_bigcode": "n_layer", "llama": "num_hidden_layers"}[family]
+    depth = "n_layer" if "n_layer" in known.tiny() else "num_hidden_layers"
     architecture = known.from_hf(known.tiny(**{depth: layers, "vocab_size": VOCAB}))
     bare = gpt.build_chunks(architecture, layout, gpt.Build(precision=precision, padded_vocab_size=144, recompute=recompute))
     weights.fill(bare, weights.random_source(architecture, seed=3, std=0.08))
