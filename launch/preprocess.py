@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(argv: list[str]) -> int:
     from launch import preprocess_jobs, submission
     from megawrap import preprocess
+    from megawrap.data.assemble import require_free_prefix
 
     args, rest = parser().parse_known_args(argv)
     resources = Resources(**{item.name: getattr(args, item.name) for item in fields(Resources)})
@@ -68,7 +69,8 @@ def _run(argv: list[str]) -> int:
         problems.append(str(error))
     if problems or wanted is None:
         raise ConfigError("\n".join(problems) if len(problems) > 1 else problems[0])
-    plan = preprocess.plan_of(wanted, preprocess.task_of(wanted))
+    task = preprocess.task_of(wanted)
+    plan = preprocess.plan_of(wanted, task)
     tasks = min(args.tasks, len(plan.parts))
     folder = (args.folder or submission.new_folder(plan.prefix.with_name(plan.prefix.name + ".jobs"))).absolute()
     kind = "jobs" if resources.cluster == "slurm" else "processes"
@@ -81,6 +83,7 @@ def _run(argv: list[str]) -> int:
         rest.remove("--restart")
         if plan.folder.exists():
             shutil.rmtree(plan.folder)
+    require_free_prefix(task)
     plan.settle()
     if resources.cluster == "debug":
         return preprocess.main(rest)

@@ -287,14 +287,15 @@ def _run_parts(args: argparse.Namespace, task: Task, plan: Plan, size: int) -> R
         plan.settle()
         shutil.rmtree(plan.folder)
         return f"{plan.prefix}: was complete; what was left of its parts is removed"
-    require_free_prefix(task)
+    if not args.only_parts:  # jobs that share the work would find each other there
+        require_free_prefix(task)
     plan.settle()
     if args.plan:
         return f"{plan.folder}: {len(plan.parts)} parts, {len(plan.finished())} of them finished"
     first, step = map(int, args.only_parts.split("/")) if args.only_parts else (0, 1)
     mine = range(first, len(plan.parts), step)
     total, done = Counts(), 0
-    with Progress(size) as progress:
+    with Progress(size * len(mine) // len(plan.parts)) as progress:
 
         def report(read: int, lines: int) -> None:
             progress.update(done + read, total.lines + lines)
@@ -315,7 +316,8 @@ def _summary(task: Task, result: Result, speed: float) -> str:
     if counts.special_texts:
         notes += f"; {counts.special_texts:,} samples spell out a special token"
     total = tokens.context + tokens.target
-    return f"{task.prefix}: {counts.sentence()}; {total:,} tokens, {tokens.target:,} of them trained; {speed:.1f} MiB/s{notes}\ntokenizer: {task.tokenizer.backend_reason}"
+    whole = f"{task.prefix}: {counts.sentence()}; {total:,} tokens, {tokens.target:,} of them trained; {speed:.1f} MiB/s{notes}"
+    return f"{whole}\ntokenizer: {task.tokenizer.backend_reason}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 from launch import submission
 from launch.preprocess import main
 from launch.preprocess_jobs import Preprocess
+from megawrap.data.format import IndexedWriter
 from megawrap.errors import EXIT_OK, EXIT_USAGE
 from tests.preprocessing import OUTPUTS, hashes, left, run
 from tests.tiny_tokenizer import write_tokenizer
@@ -41,6 +42,23 @@ def test_local_processes_give_the_bytes_of_one(tmp_path: Path, given: list[str])
     clean = tmp_path / "clean" / "out"
     assert run(tmp_path / "a.jsonl", tmp_path / "tokenizer", clean, "--input", *given[1:3]) == EXIT_OK
     assert hashes(tmp_path / "out" / "out") == hashes(clean)
+
+
+def test_output_that_is_there_is_kept(tmp_path: Path, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*given, "--cluster", "debug"]) == EXIT_OK
+    before = hashes(tmp_path / "out" / "out")
+    for cluster in ("local", "debug", "slurm"):
+        assert main([*given, "--cluster", cluster]) == EXIT_USAGE
+        assert "already there, nothing was written" in capsys.readouterr().err
+    assert hashes(tmp_path / "out" / "out") == before
+
+
+def test_jobs_do_not_find_each_other_in_the_way(tmp_path: Path, given: list[str]) -> None:
+    """While one holds the prefix, as the job that checks or merges does, others work on parts."""
+    prefix = tmp_path / "out" / "out"
+    with IndexedWriter(prefix, "uint16"):
+        assert Preprocess((*given, "--only-parts", "0/2"))() == EXIT_OK
+    assert left(prefix) == {"out.parts"}
 
 
 def test_what_fails_in_a_process_is_told_and_nothing_is_merged(tmp_path: Path, given: list[str]) -> None:
