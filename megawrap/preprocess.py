@@ -28,78 +28,58 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 130
 
 
+# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to a parser, so that `megawrap preprocess` is the same command."""
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="files, globs or directories: .jsonl (also .gz, .xz, .zst), .parquet, directories that datasets saved; - reads standard input",
-    )
-    add("--tokenizer", required=True, metavar="DIR_OR_JSON", help="tokenizer.json, or the directory that holds it")
+    add("--input", nargs="+", required=True, metavar="PATH",
+        help="files, globs or directories: .jsonl (also .gz, .xz, .zst), .parquet, what datasets saved; - reads standard input")
+    add("--tokenizer", required=True, metavar="PATH", help="tokenizer.json, SentencePiece .model, or the directory that holds it")
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.manifest.json")
-    add(
-        "--fields",
-        nargs="+",
-        default=["inputs", "outputs"],
-        metavar="KEY",
+    add("--twin-files", choices=("targets", "outputs"),
+        help="write PREFIX_inputs_document and PREFIX_{targets|outputs}_document instead, as the BigCode fork reads them")
+    _add_sample_arguments(parser.add_argument_group("samples"))
+    _add_line_arguments(parser.add_argument_group("lines"))
+    _add_work_arguments(parser.add_argument_group("work"))
+
+
+def _add_sample_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--fields", nargs="+", default=["inputs", "outputs"], metavar="KEY",
         help="keys to read, the last is what is trained (default: inputs outputs); or prompt/completion, instruction/input/output, "
-        "text (all trained), messages (by the tokenizer's chat template), spans (a list of strings)",
-    )
+        "text (all trained), messages (by the tokenizer's chat template), spans (a list of strings)")
     add("--loss", nargs="+", type=int, metavar="0|1", help="for each of the fields, whether it is trained")
-    add(
-        "--append-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="append the end token to the last trained field, and train on it",
-    )
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=True,
+        help="append the end token to the last trained field, and train on it")
     add("--eod-token", metavar="TEXT", help="end token; default what the tokenizer's files name")
-    add(
-        "--tokenizer-backend",
-        choices=("auto", "gigatoken", "tiktoken", "tokenizers"),
-        default="auto",
-        help="what encodes; auto takes the fastest that agrees with tokenizers on this data",
-    )
-    add("--workers", type=int, default=None, metavar="N", help="tokenizing threads; default all cores; never changes the output")
-    add(
-        "--on-bad-line",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="skip: leave bad lines out, count them, list them in PREFIX.bad.jsonl",
-    )
-    add("--max-bad", type=int, default=1000, metavar="N", help="with skip: give up after this many bad lines (default 1000)")
-    add("--strict", action="store_true", help="a sample with nothing to train on is a bad line; default: dropped and counted")
+    add("--special-tokens-in-text", choices=("allow", "escape", "error"), default="escape",
+        help="text such as <|endoftext|> inside a sample: read as the token, as plain characters (default), or as a bad line")
     add("--dedup", choices=("exact",), help="keep only the first of equal samples (sha256 of the texts after NFC, \\n and strip)")
     add("--max-tokens", type=int, metavar="N", help="drop and count samples of more tokens; default: packing decides")
-    add(
-        "--special-tokens-in-text",
-        choices=("allow", "escape", "error"),
-        default="escape",
-        help="text such as <|endoftext|> inside a sample: read as the token, as plain characters (default), or as a bad line",
-    )
-    add(
-        "--twin-files",
-        choices=("targets", "outputs"),
-        help="write PREFIX_inputs_document and PREFIX_{targets|outputs}_document instead, as the BigCode fork reads them",
-    )
+
+
+def _add_line_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--on-bad-line", choices=("refuse", "skip"), default="refuse",
+        help="skip: leave bad lines out, count them, list them in PREFIX.bad.jsonl")
+    add("--max-bad", type=int, default=1000, metavar="N", help="with skip: give up after this many bad lines (default 1000)")
+    add("--strict", action="store_true", help="a sample with nothing to train on is a bad line; default: dropped and counted")
     add("--limit", type=int, metavar="N", help="read only the first N lines")
     add("--max-line-mib", type=float, default=64, metavar="MIB", help="a longer line is a bad line (default 64)")
-    add(
-        "--part-mib",
-        type=float,
-        default=1024,
-        metavar="MIB",
-        help="larger inputs are done in parts of this size, kept in PREFIX.parts until all are there (default 1024)",
-    )
+
+
+def _add_work_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--tokenizer-backend", choices=("auto", "gigatoken", "tiktoken", "tokenizers"), default="auto",
+        help="what encodes; auto takes the fastest that agrees with tokenizers on this data")
+    add("--workers", type=int, metavar="N", help="tokenizing threads; default all cores; never changes the output")
+    add("--part-mib", type=float, default=1024, metavar="MIB",
+        help="larger inputs are done in parts of this size, kept in PREFIX.parts until all are there (default 1024)")
     add("--restart", action="store_true", help="discard the parts of an interrupted run")
-    add(
-        "--only-parts",
-        metavar="K/N",
-        help="do every N-th part from the K-th (from 0) and stop before merging; for jobs that share the work",
-    )
+    add("--only-parts", metavar="K/N",
+        help="do every N-th part from the K-th (from 0) and stop before merging; for jobs that share the work")
     add("--plan", action="store_true", help="check everything, write the plan of the parts and stop")
+# fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
