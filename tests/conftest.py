@@ -7,11 +7,23 @@ A test named `test_rN_...` counts one for line RN; one that injects many faults 
 from __future__ import annotations
 
 import re
+import signal
 from collections import defaultdict
 from typing import Any
 
 _NAME = re.compile(r"::test_r(\d+)_")
 _LINE = re.compile(r"R(\d+)$")
+
+
+def pytest_configure() -> None:
+    """Let programs under test meet the signals of a terminal also when the tests were started by nohup or in the background.
+
+    An ignored signal is inherited as ignored; one with a handler is at its default again in a new program.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
