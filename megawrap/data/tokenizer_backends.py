@@ -7,6 +7,7 @@ tokenizer_parity compares it with the reference before it is used. Added tokens 
 from __future__ import annotations
 
 import os
+import resource
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ SEPARATOR = "\ufdd0\ufdd1"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after Digits has cut every number, or every digit, out: no space before it, and spaces before it are not split.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|%s| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+_GROWTH_PER_THREAD = 16 << 20  # bytes of words that gigatoken may remember; 160 MB of code in two threads give 20 MiB
 _ROW_CHARACTERS = 256 << 10  # less than this is not worth another thread
 
 
@@ -98,7 +100,7 @@ class Gigatoken:
     called once for each text instead.
 
     Args:
-        library: a `gigatoken.Tokenizer`.
+        make: makes a `gigatoken.Tokenizer`; called again when that has grown too large.
         source: `gigatoken.BytesSource`.
         separator: id of the separator; None: one call for each text.
         odd, own_tokens: as in FastBackend.
@@ -107,9 +109,11 @@ class Gigatoken:
     name = "gigatoken"
 
     def __init__(
-        self, library: Any, source: Any, *, separator: int | None, odd: Callable[[str], bool] | None, own_tokens: frozenset[str]
+        self, make: Callable[[], Any], source: Any, *, separator: int | None, odd: Callable[[str], bool] | None, own_tokens: frozenset[str]
     ) -> None:
-        self._library, self._source, self._separator = library, source, separator
+        self._make, self._source, self._separator = make, source, separator
+        self._library: Any = _call(make)
+        self._resident: int | None = None
         self.odd, self.own_tokens = odd, own_tokens
         self.can_cut = separator is not None
 
@@ -140,8 +144,9 @@ class Gigatoken:
         if joins:
             added.append({**plain, "content": SEPARATOR, "id": first_free})
         content |= {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
+        definition = orjson.dumps(content)
         return cls(
-            _call(library.Tokenizer.from_json, orjson.dumps(content)),
+            lambda: library.Tokenizer.from_json(definition),
             library.BytesSource,
             separator=first_free if joins else None,
             odd=_has_number if rest is not None else _has_separator if joins else None,
@@ -152,22 +157,35 @@ class Gigatoken:
     def from_sentencepiece(cls, path: Path) -> Gigatoken:
         """Build from a SentencePiece model."""
         library = _import("gigatoken")
-        model = _call(library.Tokenizer.from_sentencepiece, path)
-        return cls(model, library.BytesSource, separator=None, odd=None, own_tokens=frozenset())
+        return cls(
+            lambda: library.Tokenizer.from_sentencepiece(path), library.BytesSource, separator=None, odd=None, own_tokens=frozenset()
+        )
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids int32 [sum], back to back, and lengths int32 [n]."""
         if not texts:
             return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
-        if self._separator is None:
-            return self._one_by_one(texts)
+        encoded = self._one_by_one(texts) if self._separator is None else self._joined(texts, self._separator)
+        self._forget_words()
+        return encoded
+
+    def _forget_words(self) -> None:
+        """Start afresh when memory has grown: the library keeps every word it has seen, in every thread, and cannot forget."""
+        resident = _resident_bytes()
+        if self._resident is None:
+            self._resident = resident
+        elif resident - self._resident > _GROWTH_PER_THREAD * num_threads():
+            self._library = self._resident = None  # not two of them at a time
+            self._library = self._make()
+
+    def _joined(self, texts: Sequence[str], end: int) -> Encoded:
         separator = SEPARATOR.encode()  # joining bytes: ASCII texts would become two bytes a character beside it
         rows = [separator.join([*map(str.encode, part), b""]) for part in _shares(texts, num_threads())]
         parallel = None if len(rows) > 1 else False  # None: unless this is a forked process
         # A source of bytes, because a list makes the library import awkward: 0.3 s and 50 MB.
-        matrix, sizes = self._library.encode_batch_padded(self._source(rows), self._separator, parallel=parallel)
+        matrix, sizes = self._library.encode_batch_padded(self._source(rows), end, parallel=parallel)
         ids = matrix[0, : sizes[0]] if len(rows) == 1 else np.concatenate([row[:size] for row, size in zip(matrix, sizes, strict=True)])
-        is_separator = ids == self._separator
+        is_separator = ids == end
         at = np.flatnonzero(is_separator)
         if len(at) != len(texts):
             raise AssertionError(f"{len(texts)} texts came back as {len(at)}")  # `odd` keeps texts with the separator away
@@ -178,11 +196,22 @@ class Gigatoken:
         return np.concatenate(parts).astype(np.int32), np.fromiter(map(len, parts), dtype=np.int32, count=len(parts))
 
 
+def _resident_bytes() -> int:
+    """Memory of this process now; where that cannot be known, the most it ever had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _shares(texts: Sequence[str], threads: int) -> Iterator[Sequence[str]]:
     """Runs of texts, about equally long, at most one for each thread; a single long text makes them fewer.
 
     Rows become a matrix, so its size is bounded by keeping every row at most twice as long as the average.
     """
+    if threads == 1:
+        yield texts
+        return
     sizes = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)) + len(SEPARATOR)
     total = int(sizes.sum())
     wanted = min(threads, max(1, total // max(_ROW_CHARACTERS, int(sizes.max()))))

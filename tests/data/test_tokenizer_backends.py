@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,6 +224,22 @@ def test_many_threads_give_the_same(directories: dict[str, Path], monkeypatch: p
     texts = [text * (number % 5) for number, text in enumerate(TEXT * 20)]
     for batch in (texts, ["x" * 3000, *texts[:5]], [""], ["", ""], []):
         assert_same(tokenizer, directories["starcoder"], batch)
+
+
+def test_words_seen_are_forgotten_before_memory_grows(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """gigatoken keeps every distinct word; 40 MB of them would be 400 MB."""
+    monkeypatch.setattr(tokenizer_backends, "_GROWTH_PER_THREAD", 8 << 20)
+    tokenizer = Tokenizer(directories["gpt2"], backend="gigatoken")
+    draw, most = random.Random(0), 0
+    letters = bytes.maketrans(bytes(range(256)), bytes(97 + byte % 26 for byte in range(256)))
+    for number in range(20):
+        word = draw.randbytes(2_000_000).translate(letters).decode()
+        texts = [" ".join(word[at : at + 8] for at in range(begin, begin + 8000, 8)) for begin in range(0, len(word), 8000)]
+        tokenizer.encode(texts, escape_special=True)
+        if number == 1:
+            first = tokenizer_backends._resident_bytes()
+        most = max(most, tokenizer_backends._resident_bytes())
+    assert most - first < 100 << 20
 
 
 @settings(max_examples=200, deadline=None)
