@@ -73,8 +73,8 @@ def _add_work_arguments(group: Any) -> None:
     add("--tokenizer-backend", choices=("auto", "gigatoken", "tiktoken", "tokenizers"), default="auto",
         help="what encodes; auto takes the fastest that agrees with tokenizers on this data")
     add("--workers", type=int, metavar="N", help="tokenizing threads; default all cores; never changes the output")
-    add("--part-mib", type=float, default=1024, metavar="MIB",
-        help="larger inputs are done in parts of this size, kept in PREFIX.parts until all are there (default 1024)")
+    add("--part-mib", type=float, default=256, metavar="MIB",
+        help="larger inputs are done in parts of this size, kept in PREFIX.parts until all are there (default 256)")
     add("--restart", action="store_true", help="discard the parts of an interrupted run")
     add("--only-parts", metavar="K/N",
         help="do every N-th part from the K-th (from 0) and stop before merging; for jobs that share the work")

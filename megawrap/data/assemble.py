@@ -182,14 +182,19 @@ def merge_parts(task: Task, plan: Plan) -> Result:
         tokens = TokenCounts()
         seen = SeenDigests(plan.folder) if task.options.dedup else None
         for part in parts:
-            dataset = IndexedDataset(part)
-            dataset.verify()
-            for block in _first_of_kind(dataset, part, seen, counts):
-                output.add(block)
-                tokens.add(block)
+            _copy_part(part, seen, counts, output, tokens)
         _publish(stack, task, output, counts, tokens, _hashed(sources), lambda stream: _join_notes(plan, facts, stream))
     shutil.rmtree(plan.folder)
     return Result(counts, tokens, task.side_file if counts.bad else None)
+
+
+def _copy_part(part: Path, seen: SeenDigests | None, counts: Counts, output: Output, tokens: TokenCounts) -> None:
+    """Append the documents of a part; its index is unmapped before the next part's is mapped."""
+    dataset = IndexedDataset(part)
+    dataset.verify()
+    for block in _first_of_kind(dataset, part, seen, counts):
+        output.add(block)
+        tokens.add(block)
 
 
 def _publish(

@@ -20,7 +20,6 @@ from megawrap.data.twins import twin_prefixes
 from megawrap.errors import DataError
 from megawrap.io import atomic_write, read_json
 
-PART_MIB = 1024
 PLAN_VERSION = 1
 _UNFOLDED = 4  # bytes of text per byte of a compressed file or a table, to balance parts
 
