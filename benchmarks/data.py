@@ -34,7 +34,7 @@ from benchmarks.ratios import ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LENGTH, ROW_LENGTH = 2048, 8192
-VOCAB_SIZE, TRAINING_BYTES = 32_768, 40_000_000
+VOCAB_SIZE, TRAINING_BYTES = 32_768, 16_000_000
 GPT2, STARCODER = "byte-level BPE", "StarCoder-style BPE"
 
 
