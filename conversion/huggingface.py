@@ -69,7 +69,7 @@ class HFDirectory(Source):
         has_tokenizer = (self.path / "tokenizer.json").is_file()
         self.record = Record(hf_config=self.config, generation_config=generation, tokenizer_dir=self.path if has_tokenizer else None)
         self._rules = super().rules
-        self._files = self._locate()
+        self._files, self._prefix = self._located()
         self._check_names()
         self._types = self._check_shapes()
         self._check_tie()
@@ -99,7 +99,7 @@ class HFDirectory(Source):
 
         path = self._files[name]
         try:
-            tensor = self._handle(path).get_tensor(name)
+            tensor = self._handle(path).get_tensor(name.removeprefix(self._prefix))
             self._mapped += tensor.nbytes
             if self._mapped > _MAPPED_BYTES:
                 self.close()
@@ -121,6 +121,13 @@ class HFDirectory(Source):
             except (SafetensorError, OSError) as problem:
                 raise ConversionError(f"{path} is damaged or not safetensors: {problem}", corrupt=True) from problem
         return self._open[path]
+
+    def _located(self) -> tuple[dict[str, Path], str]:
+        """The file of every tensor under the names of the model with its head, and the beginning that they lack in the files."""
+        files, prefix = self._locate(), self.family.base_prefix
+        if not prefix or any(name.startswith(prefix) for name in files):
+            return files, ""
+        return {name if name == self.family.head else prefix + name: path for name, path in files.items()}, prefix
 
     def _locate(self) -> dict[str, Path]:
         """The file of every tensor, from the index or from the single file."""
@@ -198,7 +205,7 @@ class HFDirectory(Source):
         types: dict[str, torch.dtype] = {}
         for rule in self.rules.values():
             for name, shape in rule.hf_shapes.items():
-                part = self._handle(self._files[name]).get_slice(name)
+                part = self._handle(self._files[name]).get_slice(name.removeprefix(self._prefix))
                 found, kind = tuple(part.get_shape()), part.get_dtype()
                 if found != shape:
                     raise ConversionError(f"{name} of {self.path} has shape {list(found)}; {CONFIG_FILE} asks for {list(shape)}")

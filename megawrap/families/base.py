@@ -166,6 +166,8 @@ class Family(ABC):
     """The transformers class, as in `architectures` of config.json."""
     head: ClassVar[str] = "lm_head.weight"
     """Name of the output layer on disk, which a tied model may carry a second time."""
+    base_prefix: ClassVar[str] = ""
+    """What all names but the head's begin with, and lack in files of the model without its head (as GPT-2 was published)."""
     ignored_tensors: ClassVar[tuple[str, ...]] = ()
     """Endings of names in old weight files that are constants, not parameters."""
 

@@ -48,6 +48,7 @@ class GPTBigCode(Family):
     name = "gpt_bigcode"
     model_type = "gpt_bigcode"
     hf_class = "GPTBigCodeForCausalLM"
+    base_prefix = "transformer."
     ignored_tensors = (".attn.bias", ".attn.masked_bias")
 
     tanh_gelu = "gelu_pytorch_tanh"

@@ -35,7 +35,8 @@ def training_flops(architecture: Architecture, *, num_tokens: int, squared_lengt
 
     Weight matrices once per token that is not padding, attention inside each sample with its causal half
     (4 x query width x n^2 / 2 for a sample of n tokens), logits only where a label is trained; x3 for the backward pass
-    (Narayanan et al. 2021, appendix, without their recompute). Norms, activations and the optimizer are not counted.
+    (Narayanan et al. 2021, appendix, without their recompute). Norms, activations and the optimizer are not counted; positions
+    outside a sliding window are, though they need no work.
 
     Args:
         architecture: the model, with its true vocabulary.

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from conversion.convert import convert, main
+from conversion.diff import compare
 from conversion.export import open_tokenizer
 from conversion.huggingface import HFDirectory
 from conversion.load import open_source
@@ -182,7 +184,7 @@ CASES: list[tuple[str, str, Mutation, tuple[str, ...], int]] = [
         "unknown-architecture",
         "single",
         lambda path: edit(path / "config.json", model_type="mamba", architectures=["MambaForCausalLM"]),
-        ("'mamba'", "gpt_bigcode (GPTBigCodeForCausalLM), llama (LlamaForCausalLM)"),
+        ("'mamba'", "gpt_bigcode (GPTBigCodeForCausalLM), gpt_neox (GPTNeoXForCausalLM), llama (LlamaForCausalLM)"),
         2,
     ),
     ("adapter", "single", lambda path: (path / "adapter_config.json").write_text("{}"), ("adapter_config.json", "Merge it"), 2),
@@ -367,3 +369,18 @@ def test_safetensors_file_is_what_the_library_writes(tmp_path: Path) -> None:
     unfinished = SafetensorsFile(tmp_path / "unfinished", {"a": (torch.float32, (2,))})
     with pytest.raises(ValueError, match="misses"):
         unfinished.close()
+
+
+def test_gpt2_as_it_was_published_has_no_prefix(tmp_path: Path) -> None:
+    """Names of the model without its head, and the causal masks that old files hold."""
+    directory = make_directory(tmp_path / "hf", "gpt2")
+    shutil.copytree(directory, tmp_path / "old")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(directory / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    with HFDirectory(directory) as new, HFDirectory(tmp_path / "old") as old:
+        assert compare(new, old).equal
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "old")(tokens).logits, load(directory)(tokens).logits)

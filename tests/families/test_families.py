@@ -20,7 +20,7 @@ from megawrap.models.architecture import DEFAULTS, Architecture
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 64,
 }  # fmt: skip
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gpt_bigcode", {}),
