@@ -164,6 +164,7 @@ def merge_parts(task: Task, plan: Plan) -> Result:
     if missing:
         listed = ", ".join(map(str, missing[:10]))
         raise DataError(f"{plan.folder}: {len(missing)} of {len(plan.parts)} parts are not finished: {listed}", hint="Run them first")
+    task.tokenizer.release()
     facts = [read_json(plan.marker(number), error=DataError) for number in range(len(plan.parts))]
     counts = Counts()
     for part in facts:

@@ -143,6 +143,10 @@ class Tokenizer:
         """Which library encodes, and why no faster one, in one sentence for the user."""
         return self._reason or "the tokenizer backend is chosen when the first texts are known"
 
+    def release(self) -> None:
+        """Free what the fast backend holds, when there is nothing more to encode; later texts go to the reference."""
+        self._fast = self._built = None
+
     def choose_backend(self, texts: Sequence[str] = ()) -> str:
         """Decide which library encodes, by comparing the candidates with the reference; `encode` does it when nobody did.
 
