@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     parts = [IndexedDataset(prefix) for prefix in args.inputs]
+    _require_distinct(parts)
     for part in parts[1:]:
         require_alike(parts[0], part)
         if not args.allow_different_options:
@@ -67,6 +68,18 @@ def run(args: argparse.Namespace) -> int:
     sizes = " + ".join(f"{part.num_documents:,}" for part in parts)
     print(f"{visible(str(output), Style())}: {counts['documents']:,} documents ({sizes}), {counts['tokens']:,} tokens")
     return EXIT_OK
+
+
+def _require_distinct(parts: Sequence[IndexedDataset]) -> None:
+    """Refuse the same files twice: weights in a split string repeat data where everybody sees it."""
+    seen: dict[Path, IndexedDataset] = {}
+    for part in parts:
+        first = seen.setdefault(part.prefix.resolve(), part)
+        if first is not part:
+            raise DataError(
+                f"{part.prefix}: the same dataset twice (first as {first.prefix})",
+                hint="Name every dataset once; to train on one more often, raise its weight in the split string",
+            )
 
 
 def _require_equal_options(one: IndexedDataset, other: IndexedDataset) -> None:

@@ -239,6 +239,15 @@ def test_cuts_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert fact in told and not list(tmp_path.glob("*out*"))
 
 
+def test_a_dataset_twice_is_refused_under_any_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents.write(tmp_path / "one", documents.samples(1, 5))
+    again = tmp_path / "." / "link"
+    again.symlink_to(tmp_path, target_is_directory=True)
+    assert data_merge.main([str(tmp_path / "out"), "--inputs", str(tmp_path / "one"), str(again / "one")]) == EXIT_USAGE
+    assert f"the same dataset twice (first as {tmp_path / 'one'})" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_an_output_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents.write(tmp_path / "one", documents.samples(8, 4))
     before = content(tmp_path / "one")
