@@ -27,6 +27,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # The same after Digits has cut every number, or every digit, out: no space before it, and spaces before it are not split.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|%s| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _GROWTH_PER_THREAD = 16 << 20  # bytes of words that gigatoken may remember; 160 MB of code in two threads give 20 MiB
+_LARGE_CHARACTERS = 1 << 20  # a call after which the buffers have their size, and memory that grows is words
 _ROW_CHARACTERS = 256 << 10  # less than this is not worth another thread
 
 
@@ -113,7 +114,7 @@ class Gigatoken:
     ) -> None:
         self._make, self._source, self._separator = make, source, separator
         self._library: Any = _call(make)
-        self._resident: int | None = None
+        self._resident, self._settled = 0, False
         self.odd, self.own_tokens = odd, own_tokens
         self.can_cut = separator is not None
 
@@ -166,16 +167,16 @@ class Gigatoken:
         if not texts:
             return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
         encoded = self._one_by_one(texts) if self._separator is None else self._joined(texts, self._separator)
-        self._forget_words()
+        self._forget_words(sum(map(len, texts)))
         return encoded
 
-    def _forget_words(self) -> None:
+    def _forget_words(self, characters: int) -> None:
         """Start afresh when memory has grown: the library keeps every word it has seen, in every thread, and cannot forget."""
         resident = _resident_bytes()
-        if self._resident is None:
-            self._resident = resident
+        if not self._settled:
+            self._resident, self._settled = resident, characters >= _LARGE_CHARACTERS
         elif resident - self._resident > _GROWTH_PER_THREAD * num_threads():
-            self._library = self._resident = None  # not two of them at a time
+            self._library, self._settled = None, False  # not two of them at a time
             self._library = self._make()
 
     def _joined(self, texts: Sequence[str], end: int) -> Encoded:
