@@ -71,6 +71,7 @@ const go = (token) => {
   if (!token) return;
   token.tabIndex = -1;
   token.focus();
+  say(token);  // a window that is not in front gets no focus events
 };
 const enter = (event) => {
   const token = event.target.closest && event.target.closest(".text i");
