@@ -218,14 +218,10 @@ def _process_start(pid: int) -> str:
 
 
 def _is_alive(pid: int, start: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass  # it exists and belongs to someone else; or no such number can exist, and the start tick decides
-    now = _process_start(pid)
-    return not (start and start != now)
+    """Whether the process that had this number, and began at `start` where that is known, is still there; whoever owns it."""
+    import psutil
+
+    return psutil.pid_exists(pid) and not (start and start != _process_start(pid))
 
 
 class DirectoryLock:
@@ -345,6 +341,7 @@ def _lock_content(descriptor: int) -> dict[str, Any] | None:
     """The holder written in a lock file; None when a holder was killed before it had written itself down."""
     try:
         content = json.loads(os.pread(descriptor, 1 << 16, 0))
-        return content if isinstance(content, dict) and str(content.get("pid", "")).isdigit() else None
+        pid = str(content.get("pid", "")) if isinstance(content, dict) else ""
+        return content if pid.isdigit() and int(pid) < 1 << 31 else None  # no system numbers processes beyond
     except ValueError:
         return None

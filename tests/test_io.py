@@ -209,7 +209,15 @@ def test_a_live_process_named_in_the_file_is_refused_without_record_locks(tmp_pa
 def test_a_process_number_used_again_is_not_the_old_writer(tmp_path: Path) -> None:
     _write_lock(tmp_path / ".lock", start="another boot:1")
     with io.DirectoryLock(tmp_path / ".lock"):
-        pass
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("pid", [2**22 + 1, 10**30])
+def test_a_number_that_no_process_can_have_is_dead(pid: int, tmp_path: Path) -> None:
+    _write_lock(tmp_path / ".lock", pid=pid, start="")
+    with io.DirectoryLock(tmp_path / ".lock"):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_another_host_is_refused_unless_it_ran_the_same_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +234,10 @@ def test_another_host_is_refused_unless_it_ran_the_same_job(tmp_path: Path, monk
 def test_a_lock_cut_short_by_a_kill_is_taken_over(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ".lock").write_bytes(content)
     with io.DirectoryLock(tmp_path / ".lock"):
-        pass
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(MegawrapError, match=f"process {os.getpid()} on host"):
+            io.DirectoryLock(tmp_path / ".lock").acquire()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_no_heavy_import() -> None:
